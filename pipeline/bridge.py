@@ -1,0 +1,151 @@
+"""`BridgeSink`: the output of a run whose consumer is a synchronous iterator in another thread.
+
+The rule kept here: one deque, appended to by the loop and popped by the consumer, both atomic. Each side rings the
+other only when that one has said that it waits, so a busy pair pays little for being in two threads. The lock covers
+only what must agree at the end: taking an item and counting it as delivered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from .metrics import Counters
+from .runtime import PipelineRuntime
+from .sink import length_of
+
+__all__ = ["BridgeSink"]
+
+
+class BridgeSink:
+    """A bounded buffer between the run's loop and a consumer thread."""
+
+    def __init__(self, capacity: int, *, tally: bool = False) -> None:
+        self.counters = Counters("output", capacity=capacity)
+        self.tallied = 0
+        self._tally = tally
+        self._capacity = capacity
+        self._items: deque[Any] = deque()
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._consumer_waits = False
+        self._sender_waits = False
+        self._aborted = False
+        self._finished = False
+        self._left = False
+        self._over = False
+        self._lock = threading.Lock()
+        self._room_made = asyncio.Event()
+
+    # --- the loop's side
+
+    def connect(self, up: Counters, runtime: PipelineRuntime) -> None:
+        self._up = up
+        self._runtime = runtime
+
+    @property
+    def closed(self) -> bool:
+        return self._aborted or self._finished
+
+    @property
+    def drained(self) -> bool:
+        return not self._items
+
+    def room(self) -> int:
+        return 0 if self.closed else self._capacity - len(self._items)
+
+    def put_nowait(self, item: Any) -> None:
+        self._up.emitted += 1
+        self._items.append(item)
+        if self._consumer_waits:
+            self._ring()
+
+    async def wait_room(self) -> bool:
+        """Wait until there is room; False when closed."""
+        began = self._runtime.loop.time() if self._runtime.loop else 0.0
+        while self.room() <= 0:
+            if self.closed:
+                return False
+            self._room_made.clear()
+            self._sender_waits = True
+            if self.room() > 0:  # looked at again: the consumer may have taken one in between
+                break
+            await self._room_made.wait()
+        if self._runtime.loop is not None:
+            self._up.blocked += self._runtime.loop.time() - began
+        return not self.closed
+
+    async def put(self, item: Any) -> bool:
+        while self.room() <= 0:
+            if not await self.wait_room():
+                return False
+        self.put_nowait(item)
+        return True
+
+    def finish(self) -> None:
+        self._finished = True
+        self._wake_both()
+
+    def abort(self) -> None:
+        self._aborted = True
+        self._wake_both()
+
+    def discard(self) -> None:
+        """The consumer has left: what is buffered goes nowhere. From the consumer's thread."""
+        with self._lock:
+            self._left = True
+            if not self._over:
+                self._drop_rest()
+
+    def hand_over(self) -> None:
+        """The run closes. What is buffered belongs to the consumer, or to nobody when it has left."""
+        with self._lock:
+            self._over = True
+            if self._left:
+                self._drop_rest()
+                return
+            self.counters.received += len(self._items)
+            if self._tally:
+                self.tallied += sum(map(length_of, self._items))
+
+    def _drop_rest(self) -> None:
+        self.counters.discarded += len(self._items)
+        self._items.clear()
+
+    def _wake_both(self) -> None:
+        self._room_made.set()
+        self._ring()
+
+    def _ring(self) -> None:
+        self._consumer_waits = False
+        self._bell.put(None)
+
+    # --- the consumer's side, in its own thread
+
+    def take(self) -> Iterator[Any]:
+        """Yield outputs until the run ends or is stopped; blocks while there is none."""
+        items, lock = self._items, self._lock
+        while True:
+            while items:
+                with lock:
+                    item = items.popleft()
+                    if not self._over:
+                        self.counters.received += 1
+                        if self._tally:
+                            self.tallied += length_of(item)
+                if self._sender_waits and len(items) * 2 <= self._capacity:
+                    self._sender_waits = False
+                    self._runtime.call_soon_threadsafe(self._room_made.set)
+                if not items:
+                    self._runtime.call_soon_threadsafe(self._runtime.pulse)
+                yield item
+            if self.closed and not items:
+                return
+            self._consumer_waits = True
+            if items or self.closed:  # looked at again: the loop may have passed in between
+                self._consumer_waits = False
+                continue
+            self._bell.get()

@@ -1,0 +1,1 @@
+"""Watching a run: logs, and the report in words."""

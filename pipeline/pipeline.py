@@ -1,0 +1,423 @@
+"""`Pipeline`: a source and the stages that its items go through.
+
+The rule kept here: a pipeline is a definition. Running it makes a `Run` with its own counters, channels and workers,
+and throws them away; only the last runtime and its report stay.
+
+Example:
+    >>> from pipeline import Pipeline
+    >>> from stages import stage
+    >>> @stage(concurrency=8)
+    ... async def fetch(url: str) -> bytes: ...
+    >>> report = await (Pipeline(urls) >> fetch).run()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
+
+from .assembly import Link, seats_for
+from .bridge import BridgeSink
+from .cancellation.reason import CancelReason, CancelType
+from .channel import EMPTY
+from .errors import PipelineCancelled, PipelineError, PipelineFailed, StageConfigError
+from .host import run_in_thread
+from .interop import is_stream_operator, stream_stage
+from .lifecycle import Grace, PipelineState
+from .metrics import Counters, PipelineSnapshot, read_ledger
+from .policy import ErrorPolicy
+from .protocols import StageLike
+from .report import RunReport
+from .result import Err
+from .run import OutputSink, Run
+from .runtime import CancelHandle, PipelineRuntime, StopLevel, StopRequest
+from .sink import BufferSink, CollectingSink, DiscardingSink
+from .source import Source, as_source
+
+if TYPE_CHECKING:
+    from .cancellation.triggers import Trigger
+
+__all__ = ["Pipeline"]
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Pipeline(Generic[T]):
+    """A source, and stages joined with `>>`.
+
+    `source` is an iterable, an iterator, an async iterable, another pipeline, an aiostream stream, or a function
+    without arguments that returns one of these afresh for every run; it may be given later, with `gen()`.
+    `on_error` is the policy of stages that have none of their own. `cancel_on` takes triggers, armed while the pipeline
+    runs. `grace` bounds the phases of stopping. `log=True` logs starts and stops. `tally_len=True` adds up the `len()`
+    of delivered items in the report. Raises `TypeError` for a source that cannot be iterated.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[T] | AsyncIterable[T] | Callable[[], Iterable[T] | AsyncIterable[T]] | Pipeline[T] | None = None,
+        *,
+        name: str | None = None,
+        on_error: ErrorPolicy = ErrorPolicy.DROP,
+        cancel_on: Sequence[Trigger] = (),
+        grace: Grace | None = None,
+        scheduler: None = None,
+        log: bool = False,
+        tally_len: bool = False,
+    ) -> None:
+        _check_options(on_error, cancel_on, grace, scheduler)
+        self.name = name or "pipeline"
+        self._on_error = on_error
+        self._cancel_on = tuple(cancel_on)
+        self._grace = grace or Grace()
+        self._log = log
+        self._tally = tally_len
+        self._links: tuple[Link, ...] = ()
+        self._members: tuple[Pipeline[Any], ...] = ()
+        self._source: Source | None = None
+        self._runtime: PipelineRuntime | None = None
+        self._carriers: set[PipelineRuntime] = set()
+        self._cancelled: tuple[CancelReason, ...] = ()
+        if source is not None:
+            self._set_source(source)
+
+    # --- declaring
+
+    @overload
+    def __rshift__(self, other: StageLike[T, U]) -> Pipeline[U]: ...
+    @overload
+    def __rshift__(self, other: Pipeline[U]) -> Pipeline[U]: ...
+    @overload
+    def __rshift__(self, other: Callable[[AsyncIterable[T]], AsyncIterable[U]]) -> Pipeline[U]: ...
+    def __rshift__(self, other: Any) -> Pipeline[Any]:
+        """A new pipeline with one stage (or all stages of another pipeline) more; this one stays as it is."""
+        # The untyped detour is the type change itself: the copy is a Pipeline of another item type.
+        longer = cast("Pipeline[Any]", self._copy())
+        longer._append(other)
+        return longer
+
+    @overload
+    def stage(self, stage: StageLike[T, U]) -> Pipeline[U]: ...
+    @overload
+    def stage(self, stage: Pipeline[U]) -> Pipeline[U]: ...
+    @overload
+    def stage(self, stage: Callable[[AsyncIterable[T]], AsyncIterable[U]]) -> Pipeline[U]: ...
+    def stage(self, stage: Any) -> Pipeline[Any]:
+        """Add a stage (or all stages of another pipeline) to this pipeline, and return it."""
+        self._refuse_running("be changed")
+        self._append(stage)
+        return self
+
+    def gen(self, source: Iterable[T] | AsyncIterable[T] | Callable[[], Iterable[T] | AsyncIterable[T]]) -> Pipeline[T]:
+        """Set a new source, and make a cancelled pipeline runnable again. Returns this pipeline."""
+        self._refuse_running("get a new source")
+        self._members = self._members[1:] if self._inner_source else self._members
+        self._set_source(source)
+        self._cancelled = ()
+        self._runtime = None
+        return self
+
+    _inner_source = False
+
+    def _set_source(self, source: Any) -> None:
+        self._inner_source = isinstance(source, Pipeline)
+        if isinstance(source, Pipeline):
+            inner = cast("Pipeline[Any]", source)
+            if inner is self:
+                raise TypeError("a pipeline cannot be its own source")
+            self._source = inner._source
+            self._links = inner._links + self._links
+            self._members = (inner, *self._members)
+        else:
+            self._source = as_source(source)
+
+    def _append(self, other: Any) -> None:
+        if isinstance(other, Pipeline):
+            right = cast("Pipeline[Any]", other)
+            self._links += right._links
+            self._members += (right,)
+        elif isinstance(other, StageLike):
+            self._links += (Link(cast("StageLike[Any, Any]", other), self._on_error),)
+        elif is_stream_operator(other):
+            self._links += (Link(stream_stage(other), self._on_error),)
+        else:
+            what = f"the function {other.__name__!r}" if hasattr(other, "__name__") else f"a {type(other).__name__}"
+            raise TypeError(
+                f"only a stage, a pipeline or an aiostream pipe operator can follow >>, not {what}; "
+                "decorate the function with @stage (from stages import stage)"
+            )
+
+    def _copy(self) -> Pipeline[T]:
+        twin: Pipeline[T] = Pipeline(
+            name=self.name,
+            on_error=self._on_error,
+            cancel_on=self._cancel_on,
+            grace=self._grace,
+            log=self._log,
+            tally_len=self._tally,
+        )
+        twin._source, twin._links, twin._members = self._source, self._links, self._members
+        twin._inner_source = self._inner_source
+        return twin
+
+    # --- running
+
+    async def run(self) -> RunReport | Err:
+        """Run to the end, counting and discarding what the last stage emits.
+
+        Returns the report, or an `Err` (with `.report` and `.reasons`) when the run failed or was cancelled, or could
+        not start. Raises `PipelineError` when this pipeline is running already, `StageConfigError` when a stage cannot
+        work as declared, and `CancelledError`, after everything is closed, when the awaiting task is cancelled.
+        """
+        return await self._finish(DiscardingSink(tally=self._tally))
+
+    async def collect(self) -> list[T] | Err:
+        """Run to the end and return all outputs in a list, which takes the memory that they need; errors as in `run`."""
+        sink = CollectingSink(tally=self._tally)
+        result = await self._finish(sink)
+        return result if isinstance(result, Err) else sink.items
+
+    async def _finish(self, sink: OutputSink) -> RunReport | Err:
+        run = self._prepare(sink)
+        if isinstance(run, Err):
+            return run
+        try:
+            run.start()
+            return await run.watch()
+        finally:
+            self._release(run)
+
+    def __aiter__(self) -> AsyncGenerator[T, None]:
+        return self.async_iter()
+
+    async def async_iter(self, max_buffer: int = 64) -> AsyncGenerator[T, None]:
+        """Iterate over the outputs, at most `max_buffer` of which wait for the consumer.
+
+        Leaving early cancels the run with code "iter_closed". After a failure or a cancel, what was produced is
+        delivered first, then `PipelineFailed` or `PipelineCancelled` is raised.
+        """
+        sink = BufferSink(_check_buffer(max_buffer), tally=self._tally)
+        run = self._prepare(sink)
+        if isinstance(run, Err):
+            raise _stopped(run)
+        run.start()
+        try:
+            while True:
+                item = sink.pop()
+                if item is not EMPTY:
+                    yield item
+                elif not await sink.wait_items():
+                    break
+        except asyncio.CancelledError:
+            run.parent_cancelled()
+            raise
+        except BaseException:
+            run.runtime.request_stop(_iteration_left())
+            sink.discard()
+            raise
+        finally:
+            try:
+                result = await run.watch()
+            finally:
+                self._release(run)
+        while (item := sink.pop()) is not EMPTY:
+            yield item
+        if isinstance(result, Err):
+            raise _stopped(result) from _cause(result)
+
+    def iter(self, max_buffer: int = 64) -> Generator[T, None, None]:
+        """Iterate from synchronous code: the pipeline runs on a loop of its own, in a thread of its own.
+
+        At most `max_buffer` outputs wait for the consumer. Leaving, failing and cancelling are as in `async_iter`.
+        """
+        sink = BridgeSink(_check_buffer(max_buffer), tally=self._tally)
+        run = self._prepare(sink)
+        if isinstance(run, Err):
+            raise _stopped(run)
+        runtime = run.runtime
+        host = run_in_thread(run)
+        try:
+            yield from cast("Generator[T, None, None]", sink.take())
+        except BaseException:
+            runtime.request_stop(_iteration_left())
+            sink.discard()
+            raise
+        finally:
+            try:
+                host.join(on_interrupt=lambda: runtime.request_stop(_iteration_left(StopLevel.KILL)))
+            finally:
+                self._release(run)
+        result = runtime.closed.result()
+        if isinstance(result, Err):
+            raise _stopped(result) from _cause(result)
+
+    def _prepare(self, sink: OutputSink) -> Run | Err:
+        """Check everything that can be checked before anything starts."""
+        if self._active:
+            raise PipelineError(
+                f"pipeline {self.name!r} is running already; await that run, or build a second pipeline from the same stages"
+            )
+        refusal = self._refusal()
+        if refusal is not None:
+            return refusal
+        for link in self._links:
+            link.stage.check(link.default_policy)
+        assert self._source is not None
+        self._runtime = runtime = PipelineRuntime(self.name, self._grace)
+        for member in self._all_members():
+            member._carriers.add(runtime)
+        return Run(runtime, self._source, self._links, sink, self._cancel_on, log=self._log)
+
+    def _refusal(self) -> Err | None:
+        for pipeline in (self, *self._all_members()):
+            if pipeline._cancelled:
+                why = pipeline._cancelled[0].message
+                text = f"pipeline {pipeline.name!r} was cancelled ({why}); set a source with gen() to run it again"
+                return Err(PipelineCancelled(text, reasons=pipeline._cancelled), reasons=pipeline._cancelled, attempts=0)
+        if self._source is None:
+            return Err(
+                PipelineError("the pipeline has no source: give one to Pipeline(source), or set one with gen(source)"),
+                attempts=0,
+            )
+        spent = self._source.refusal()
+        return Err(PipelineError(spent), attempts=0) if spent else None
+
+    def _release(self, run: Run) -> None:
+        """The run is over: let go of it, and remember whether it was cancelled."""
+        for member in self._all_members():
+            member._carriers.discard(run.runtime)
+        result = run.runtime.closed.result() if run.runtime.closed.done() else None
+        report = result.report if isinstance(result, Err) else result
+        if report is not None and report.outcome == "cancelled":
+            self._cancelled = report.reasons
+
+    def _all_members(self) -> list[Pipeline[Any]]:
+        found: list[Pipeline[Any]] = []
+        for member in self._members:
+            found += [member, *member._all_members()]
+        return found
+
+    # --- stopping
+
+    def cancel(
+        self,
+        reason: str | CancelReason | None = None,
+        *,
+        code: str | None = None,
+        drain: bool = False,
+        force: bool = False,
+    ) -> CancelHandle:
+        """Stop the pipeline, and the pipelines that contain it. Synchronous, idempotent, safe from anywhere.
+
+        `drain=True` stops the source only and lets what was taken finish, within `Grace.drain`. `force=True` goes
+        straight to killing. The handle is truthy when this call began or escalated the stop, and may be awaited for
+        the result once everything is closed. Before a start it makes the pipeline refuse to start until `gen()`.
+        """
+        if drain and force:
+            raise ValueError("drain=True lets items finish and force=True does not; choose one")
+        level = StopLevel.KILL if force else StopLevel.DRAIN if drain else StopLevel.ABORT
+        request = StopRequest(_as_reason(reason, code, self.name), level)
+        running = [runtime for runtime in (self._runtime, *tuple(self._carriers)) if runtime is not None and runtime.ended is None]
+        if running:
+            effects = [runtime.request_stop(request) for runtime in running]
+            return CancelHandle(any(effects), running[0].closed, running[0])
+        if self._runtime is not None:
+            return CancelHandle(False, self._runtime.closed, None)
+        first = not self._cancelled
+        self._cancelled += (request.reason,)
+        never: Future[RunReport | Err] = Future()
+        never.set_result(Err(self._cancelled[0].message, reasons=self._cancelled, attempts=0))
+        return CancelHandle(first, never, None)
+
+    # --- watching
+
+    @property
+    def runtime(self) -> PipelineRuntime:
+        """The runtime of the current or last run; before the first run, an empty one."""
+        carrier = next(iter(self._carriers), None)
+        return carrier or self._runtime or PipelineRuntime(self.name, self._grace)
+
+    @property
+    def state(self) -> PipelineState:
+        """Where the current or last run stands."""
+        return self.snapshot().state
+
+    def snapshot(self) -> PipelineSnapshot:
+        """The ledger at this moment: any time, from any thread, without waiting. Costs a few microseconds a stage."""
+        runtime = next(iter(self._carriers), None) or self._runtime
+        if runtime is None or runtime.assembly is None:
+            seats = seats_for(self._links)
+            ledger = read_ledger(Counters("source"), [seat.counters for seat in seats], Counters("output"))
+            reasons = runtime.reasons if runtime else self._cancelled
+            state = runtime.state if runtime else PipelineState.CLOSED if self._cancelled else PipelineState.NEW
+            elapsed = 0.0
+        else:
+            state, reasons, elapsed = runtime.state, runtime.reasons, runtime.elapsed
+            ledger = runtime.final_ledger or runtime.assembly.ledger(elapsed)
+        return PipelineSnapshot(
+            name=self.name,
+            state=state,
+            reasons=reasons,
+            elapsed=elapsed,
+            pulled=ledger.pulled,
+            delivered=ledger.delivered,
+            undelivered=ledger.undelivered,
+            discarded=ledger.discarded,
+            stages=ledger.stages,
+        )
+
+    @property
+    def _active(self) -> bool:
+        return self._runtime is not None and self._runtime.ended is None
+
+    def _refuse_running(self, what: str) -> None:
+        if self._active:
+            raise PipelineError(f"pipeline {self.name!r} cannot {what} while it runs")
+
+    def __repr__(self) -> str:
+        chain = " >> ".join(["source" if self._source else "(no source)", *(link.stage.name for link in self._links)])
+        return f"<Pipeline {self.name!r}: {chain}>"
+
+
+def _check_options(on_error: Any, cancel_on: Any, grace: Any, scheduler: Any) -> None:
+    if not isinstance(on_error, ErrorPolicy):
+        raise StageConfigError(f"on_error must be an ErrorPolicy (DROP, EMIT, RAISE or SIDE), not {on_error!r}")
+    if grace is not None and not isinstance(grace, Grace):
+        raise StageConfigError(f"grace must be a Grace(drain=..., abort=..., terminate=..., kill=...), not {grace!r}")
+    if scheduler is not None:
+        raise StageConfigError("scheduler= is not available yet; leave it out")
+    for trigger in cancel_on:
+        if not (hasattr(trigger, "check") and hasattr(trigger, "arm")):
+            raise TypeError(f"cancel_on takes triggers, such as TimeoutTrigger(30), not {trigger!r}")
+
+
+def _check_buffer(max_buffer: int) -> int:
+    if isinstance(max_buffer, bool) or not isinstance(max_buffer, int) or max_buffer < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"max_buffer must be a whole number of items, 1 or more, not {max_buffer!r}")
+    return max_buffer
+
+
+def _as_reason(reason: str | CancelReason | None, code: str | None, origin: str) -> CancelReason:
+    if isinstance(reason, CancelReason):
+        return reason
+    return CancelReason(str(reason) if reason is not None else "cancelled", CancelType.MANUAL, code=code, origin=origin)
+
+
+def _iteration_left(level: StopLevel = StopLevel.ABORT) -> StopRequest:
+    return StopRequest(CancelReason("the iteration was left early", CancelType.MANUAL, code="iter_closed"), level)
+
+
+def _stopped(err: Err) -> PipelineError:
+    """The exception that an iteration raises for a run that did not complete."""
+    if isinstance(err.value, PipelineError) and err.report is None:
+        return err.value
+    if err.report is not None and err.report.outcome == "failed":
+        return PipelineFailed(f"the pipeline failed: {err.reason}", report=err.report, reasons=err.reasons)
+    return PipelineCancelled(f"the pipeline was cancelled: {err.reason}", report=err.report, reasons=err.reasons)
+
+
+def _cause(err: Err) -> BaseException | None:
+    return err.value if isinstance(err.value, BaseException) else None

@@ -1,0 +1,121 @@
+"""What the engine asks of a stage, of a node at work, and of the two ends of an edge.
+
+The rule kept here: `pipeline` knows stages and workers only by these shapes, so that imports run one way,
+`stages -> workers -> pipeline`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+
+from .cancellation.reason import CancelReason
+from .metrics import Counters
+
+if TYPE_CHECKING:
+    from .policy import ErrorPolicy
+    from .runtime import PipelineRuntime
+
+__all__ = ["Inlet", "Node", "Outlet", "Seat", "StageLike", "StopToken", "Wires"]
+
+In_contra = TypeVar("In_contra", contravariant=True)
+Out_co = TypeVar("Out_co", covariant=True)
+
+
+class StopToken(Protocol):
+    """Whether, and why, a worker should stop. Read from any thread or process, without waiting."""
+
+    @property
+    def cancelled(self) -> bool: ...
+    @property
+    def reasons(self) -> tuple[CancelReason, ...]: ...
+
+
+class Inlet(Protocol):
+    """The receiving end of an edge. `pop` returns `EMPTY` when nothing is there now."""
+
+    def pop(self) -> Any: ...
+    async def wait_items(self) -> bool: ...
+    @property
+    def ended(self) -> bool: ...
+    def release(self, reserved: int) -> None: ...
+    def abort(self) -> None: ...
+
+
+class Outlet(Protocol):
+    """The sending end of an edge. `room() > 0` allows as many `put_nowait`; `put` waits, and is False once closed."""
+
+    def room(self) -> int: ...
+    @property
+    def closed(self) -> bool: ...
+    def put_nowait(self, item: Any) -> None: ...
+    async def wait_room(self) -> bool: ...
+    async def put(self, item: Any) -> bool: ...
+    def finish(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One stage's place in one run: which stage, its counts, its name there, and the pipeline's default policy."""
+
+    stage: Any
+    name: str
+    index: int
+    counters: Counters
+    default_policy: ErrorPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Wires:
+    """What a node is connected to."""
+
+    runtime: PipelineRuntime
+    inlet: Inlet
+    outlet: Outlet
+
+
+class Node(Protocol):
+    """One stage, or a few fused ones, at work in one run."""
+
+    async def run(self) -> None:
+        """Move items until the inlet has ended and every output has left, then let the workers go."""
+        ...
+
+    def abort(self) -> None:
+        """Stop now: synchronous, idempotent. The node's tasks are cancelled right after it returns."""
+        ...
+
+
+@runtime_checkable
+class StageLike(Protocol[In_contra, Out_co]):
+    """A stage's definition: frozen, shared by any number of runs."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def capacity(self) -> int:
+        """Size of the inbound edge."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Items in work at once."""
+        ...
+
+    @property
+    def fusable(self) -> bool:
+        """Whether the stage may share one task with fusable neighbours."""
+        ...
+
+    def check(self, default_policy: ErrorPolicy) -> None:
+        """Raise `StageConfigError` for what can only be known before a run; costs at most one pickling."""
+        ...
+
+    def open(self, seats: Sequence[Seat], wires: Wires) -> Node:
+        """Build the node for this stage and the fusable neighbours that follow it."""
+        ...
+
+    def accepts(self, item: In_contra, /) -> Out_co:
+        """Never called: gives the type checker the direction in which items go through."""
+        ...

@@ -1,0 +1,183 @@
+"""One run from start to report: assembles it, arms its triggers, watches it, and writes its account.
+
+The rule kept here: a run is started once and concluded once, whatever happens in between; the conclusion is a value.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .assembly import Assembly, Link, Sink
+from .cancellation.reason import CancelReason, CancelType
+from .metrics import Ledger, violations
+from .observe.logs import get_logger
+from .report import RunReport
+from .result import Err
+from .runtime import PipelineRuntime, StopLevel, StopRequest
+from .shutdown import supervise
+from .source import Source
+
+if TYPE_CHECKING:
+    from .cancellation.triggers import Trigger, TriggerHandle
+
+__all__ = ["OutputSink", "Run"]
+
+
+class OutputSink(Sink, Protocol):
+    """A sink that a consumer takes from."""
+
+    tallied: int
+
+    @property
+    def drained(self) -> bool: ...
+    def hand_over(self) -> None: ...
+
+
+class Run:
+    """Everything that belongs to one run and is thrown away after it, but for the report."""
+
+    def __init__(
+        self,
+        runtime: PipelineRuntime,
+        source: Source,
+        links: Sequence[Link],
+        sink: OutputSink,
+        triggers: Sequence[Trigger],
+        *,
+        log: bool,
+    ) -> None:
+        self.runtime = runtime
+        self.sink = sink
+        self._source = source
+        self._links = links
+        self._triggers = triggers
+        self._handles: list[TriggerHandle] = []
+        self._arrivals: Counter[int] = Counter()
+        self._log = log
+        self._supervisor: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start on the running loop. A run that was cancelled already starts nothing and concludes at once."""
+        runtime = self.runtime
+        runtime.loop = asyncio.get_running_loop()
+        runtime.began = monotonic()
+        try:
+            self._arm()
+            runtime.assembly = Assembly(runtime, self._source, self._links, self.sink)
+        except BaseException as error:
+            self._disarm()
+            runtime.ended = monotonic()
+            runtime.closed.set_result(Err.of(error))
+            raise
+        if self._log:
+            self._logger().info("pipeline started", stages=[seat.name for seat in runtime.assembly.seats])
+        runtime.supervisor = self._supervisor = runtime.start_task(self._oversee(runtime.assembly), name="supervisor")
+        if runtime.requests:
+            runtime.assembly.abort()
+        runtime.assembly.start()
+        if runtime.requests:
+            runtime.abort_now()
+
+    async def watch(self) -> RunReport | Err:
+        """Wait for the conclusion.
+
+        When the waiting task is cancelled, the run is stopped first, in bounded time, and then the cancellation goes
+        on; a second cancellation stops waiting for handlers to clean up.
+        """
+        assert self._supervisor is not None
+        interrupted: asyncio.CancelledError | None = None
+        while not self._supervisor.done():
+            try:
+                await asyncio.wait((self._supervisor,))
+            except asyncio.CancelledError as error:
+                self.parent_cancelled()
+                interrupted = interrupted or error
+        if interrupted is not None:
+            raise interrupted
+        return self.runtime.closed.result()
+
+    def parent_cancelled(self) -> None:
+        """The task that waits for this run was cancelled: abort, or kill when it is not the first time."""
+        again = any(request.reason.code == "parent_cancelled" for request in self.runtime.requests)
+        reason = CancelReason("the task that awaits the pipeline was cancelled", CancelType.PARENT, code="parent_cancelled")
+        self.runtime.request_stop(StopRequest(reason, StopLevel.KILL if again else StopLevel.ABORT))
+
+    # --- triggers
+
+    def _arm(self) -> None:
+        for index, trigger in enumerate(self._triggers):
+            fired = trigger.check()
+            if fired is not None:
+                self._triggered(index, fired)
+                continue
+            self._handles.append(trigger.arm(lambda reason, index=index: self._triggered(index, reason)))
+
+    def _disarm(self) -> None:
+        handles, self._handles = self._handles, []
+        for handle in reversed(handles):
+            handle.disarm()
+
+    def _triggered(self, index: int, reason: CancelReason) -> None:
+        """Each arrival asks for one step more: abort (or drain first, if the trigger says so), then kill."""
+        first = StopLevel.DRAIN if getattr(self._triggers[index], "drain", False) else StopLevel.ABORT
+        level = StopLevel(min(first + self._arrivals[index], StopLevel.KILL))
+        self._arrivals[index] += 1
+        self.runtime.request_stop(StopRequest(reason, level))
+
+    # --- the conclusion
+
+    async def _oversee(self, assembly: Assembly) -> None:
+        try:
+            await supervise(self.runtime, assembly)
+        finally:
+            self._conclude(assembly)
+
+    def _conclude(self, assembly: Assembly) -> None:
+        runtime = self.runtime
+        self._disarm()
+        assembly.settle()
+        self.sink.hand_over()
+        runtime.ended = monotonic()
+        runtime.final_ledger = ledger = assembly.ledger(runtime.elapsed)
+        report = self._report(ledger)
+        if not report.balanced:
+            self._logger().error("ledger out of balance", laws=list(report.imbalances))
+        if self._log:
+            self._logger().info("pipeline stopped", outcome=report.outcome, reasons=[str(r) for r in report.reasons])
+        runtime.closed.set_result(self._result(report))
+
+    def _report(self, ledger: Ledger) -> RunReport:
+        runtime = self.runtime
+        requests = runtime.requests
+        outcome = "completed" if not requests else "failed" if requests[0].error is not None else "cancelled"
+        nothing_lost = not ledger.discarded and not any(row.cancelled or row.discarded for row in ledger.stages)
+        return RunReport(
+            name=runtime.name,
+            outcome=outcome,
+            reasons=runtime.reasons,
+            duration=runtime.elapsed,
+            pulled=ledger.pulled,
+            delivered=ledger.delivered,
+            discarded=ledger.discarded,
+            tallied=self.sink.tallied,
+            stages=ledger.stages,
+            errors=tuple(err for sample in runtime.errors.values() for err in sample),
+            abandoned=tuple(runtime.abandoned),
+            drained=outcome == "cancelled" and runtime.level == StopLevel.DRAIN and nothing_lost,
+            imbalances=tuple(violations(ledger, closed=True)),
+        )
+
+    def _result(self, report: RunReport) -> RunReport | Err:
+        requests = self.runtime.requests
+        if not requests:
+            return report
+        err = requests[0].error or Err(requests[0].reason.message, attempts=0)
+        err.reasons, err.report = report.reasons, report
+        return err
+
+    def _logger(self) -> Any:
+        return get_logger(pipeline=self.runtime.name)

@@ -1,0 +1,409 @@
+"""`PipelineRuntime`: the owner of every task, thread and process of one run, and the one record of why it stops.
+
+The rules kept here:
+
+- Nothing in the library starts a task, a thread or a process except through this object, so what a run has started is
+  what is registered here, and a run is closed when the registers are empty.
+- A stop is a request appended to a list, which is atomic in any thread and in a signal handler. State, reason and
+  outcome are read off that list; nothing is ever set back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from .cancellation.reason import CancelReason, CancelType
+from .errors import PipelineError
+from .lifecycle import Grace, PipelineState
+from .result import Err
+
+if TYPE_CHECKING:
+    from .assembly import Assembly
+    from .metrics import Ledger
+    from .report import RunReport
+
+__all__ = ["PipelineRuntime", "ProcessLike", "StopLevel", "StopRequest"]
+
+T = TypeVar("T")
+
+_ERROR_SAMPLE = 20
+"""Errors kept per stage in a report; all are counted, this many are shown."""
+
+
+class StopLevel(IntEnum):
+    """How hard a request asks to stop."""
+
+    NONE = 0
+    DRAIN = 1
+    ABORT = 2
+    KILL = 3
+
+
+_STATE = {
+    StopLevel.NONE: PipelineState.RUNNING,
+    StopLevel.DRAIN: PipelineState.DRAINING,
+    StopLevel.ABORT: PipelineState.ABORTING,
+    StopLevel.KILL: PipelineState.KILLING,
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StopRequest:
+    """One request to stop. `error` makes it a failure; `cut` is the stage index up to which to stop at once."""
+
+    reason: CancelReason
+    level: StopLevel
+    error: Err | None = None
+    cut: int | None = None
+
+
+class ProcessLike(Protocol):
+    """What the runtime needs of a process: both `multiprocess` and `multiprocessing` offer it."""
+
+    name: str
+
+    @property
+    def sentinel(self) -> int: ...
+    def join(self, timeout: float | None = None) -> None: ...
+    def is_alive(self) -> bool: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+class PipelineRuntime:
+    """One run of one pipeline: what it has started, and why it stops. Made by the run itself."""
+
+    def __init__(self, name: str, grace: Grace) -> None:
+        self.name = name
+        self.grace = grace
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.cancel_event = asyncio.Event()
+        """Set when the run is aborted; a drain leaves it clear, for the handlers are to finish."""
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.threads: set[threading.Thread] = set()
+        self.processes: set[ProcessLike] = set()
+        self.abandoned: list[str] = []
+        self.errors: dict[str, list[Err]] = {}
+        self.assembly: Assembly | None = None
+        self.final_ledger: Ledger | None = None
+        self.began = 0.0
+        self.ended: float | None = None
+        self.closed: concurrent.futures.Future[RunReport | Err] = concurrent.futures.Future()
+        self._requests: list[StopRequest] = []
+        self._floor = StopLevel.NONE
+        self._groups: dict[asyncio.Task[Any], int] = {}
+        self._process_ends: dict[ProcessLike, Callable[[], None] | None] = {}
+        self.supervisor: asyncio.Task[Any] | None = None
+        self._host: threading.Thread | None = None
+        self._pulse: asyncio.Future[None] | None = None
+        self._aborted = False
+        self._applied = 0
+
+    # --- why it stops; all of this from any thread
+
+    @property
+    def requests(self) -> tuple[StopRequest, ...]:
+        """Every request to stop, in order."""
+        return tuple(self._requests)
+
+    @property
+    def reasons(self) -> tuple[CancelReason, ...]:
+        """Every reason to stop, in order; the first is primary."""
+        return tuple(request.reason for request in self._requests)
+
+    @property
+    def reason(self) -> str | None:
+        """The first reason as text, or None while nothing asks to stop."""
+        return self._requests[0].reason.message if self._requests else None
+
+    @property
+    def level(self) -> StopLevel:
+        """How hard the run is being stopped."""
+        return max([self._floor, *(request.level for request in self._requests)])
+
+    @property
+    def state(self) -> PipelineState:
+        """Where the run stands."""
+        if self.ended is not None:
+            return PipelineState.CLOSED
+        if self.loop is None and not self._requests:
+            return PipelineState.NEW
+        return _STATE[self.level]
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether handlers should stop by themselves: true from an abort on, not while draining."""
+        return self.level >= StopLevel.ABORT
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start, up to the end."""
+        if not self.began:
+            return 0.0
+        return (self.ended or monotonic()) - self.began
+
+    def request_stop(self, request: StopRequest) -> bool:
+        """Record a request; True when it begins or escalates the stop. Atomic, and safe in a signal handler."""
+        if self.ended is not None:
+            return False
+        requests = self._requests
+        requests.append(request)
+        before = max((r.level for r in requests[: requests.index(request)]), default=StopLevel.NONE)
+        self._notify()
+        return request.level > max(before, self._floor)
+
+    def fail(self, err: Err, *, origin: str, code: str, level: StopLevel = StopLevel.DRAIN, cut: int | None = None) -> None:
+        """Stop because of an error: everything up to stage `cut` at once, what is behind it drains for a short while."""
+        reason = CancelReason(f"{origin}: {describe(err.value)}", CancelType.ERROR, code=code, origin=origin)
+        self.note(origin, err)
+        self.request_stop(StopRequest(reason, level, err, cut))
+
+    def note(self, origin: str, err: Err) -> None:
+        """Keep a bounded sample of errors for the report."""
+        sample = self.errors.setdefault(origin, [])
+        if len(sample) < _ERROR_SAMPLE:
+            sample.append(err)
+
+    # --- what it has started
+
+    def start_task(
+        self, coroutine: Coroutine[Any, Any, T], *, name: str, group: int | None = None, supervised: bool = True
+    ) -> asyncio.Task[T]:
+        """Start a task of this run. `group` is the index of the stage that it belongs to.
+
+        The failure of a `supervised` task fails the run; that of another is for whoever awaits it.
+        """
+        assert self.loop is not None
+        task = self.loop.create_task(coroutine, name=f"{self.name}/{name}")
+        if group is not None:
+            self._groups[task] = group
+        if supervised:
+            task.add_done_callback(self._check_failure)
+        self.register_task(task)
+        return task
+
+    def register_task(self, task: asyncio.Task[Any]) -> None:
+        """Own a task: it is cancelled when the run is, and awaited before the run ends."""
+        self.tasks.add(task)
+        task.add_done_callback(self._task_ended)
+
+    def start_thread(self, target: Callable[[], None], *, name: str, host: bool = False) -> threading.Thread:
+        """Start a thread of this run. It must end by itself when asked; it is a daemon, so it never blocks the exit.
+
+        `host` marks the thread that carries the run's own loop, which therefore cannot end before the run.
+        """
+        if host:
+            target = partial(self._host_main, target)
+        thread = threading.Thread(target=self._thread_main, args=(target,), name=f"{self.name}/{name}", daemon=True)
+        self.threads.add(thread)
+        self._host = thread if host else self._host
+        try:
+            thread.start()
+        except BaseException:
+            self.threads.discard(thread)
+            raise
+        return thread
+
+    def register_process(self, process: ProcessLike, *, on_end: Callable[[], None] | None = None) -> None:
+        """Own a started process: it is terminated, then killed, when the run stops, and reaped when it ends."""
+        assert self.loop is not None
+        self.processes.add(process)
+        self._process_ends[process] = on_end
+        self.loop.add_reader(process.sentinel, self._process_ended, process)
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: object) -> None:
+        """Run a callback on the run's loop; does nothing when that loop is already closed."""
+        loop = self.loop
+        if loop is None:
+            return
+        try:
+            loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:  # the loop has closed: an abandoned thread reports to nobody
+            if not loop.is_closed():
+                raise
+
+    # --- internals: the registers
+
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.discard(task)
+        self._groups.pop(task, None)
+        self.pulse()
+
+    def _check_failure(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None and self.ended is None:
+            name = task.get_name()
+            self.fail(Err.of(error, stage=name), origin=name, code="internal_error", level=StopLevel.ABORT)
+
+    def _thread_main(self, target: Callable[[], None]) -> None:
+        try:
+            target()
+        except BaseException as error:
+            self.fail(
+                Err.of(error), origin=threading.current_thread().name, code="internal_error", level=StopLevel.ABORT
+            )
+        finally:
+            self.call_soon_threadsafe(self._thread_ended, threading.current_thread())
+
+    def _host_main(self, target: Callable[[], None]) -> None:
+        try:
+            target()
+        finally:
+            self.threads.discard(threading.current_thread())
+
+    def _thread_ended(self, thread: threading.Thread) -> None:
+        # The thread is past its last line of ours; what is left of it takes microseconds.
+        thread.join(0.1)
+        self.threads.discard(thread)
+        self.pulse()
+
+    def _process_ended(self, process: ProcessLike) -> None:
+        assert self.loop is not None
+        self.loop.remove_reader(process.sentinel)
+        process.join(0.1)
+        self.processes.discard(process)
+        on_end = self._process_ends.pop(process, None)
+        if on_end is not None:
+            on_end()
+        self.pulse()
+
+    # --- internals: stopping
+
+    def _notify(self) -> None:
+        if self.cancelled and self.loop is not None:
+            try:
+                running = asyncio.get_running_loop()
+            except RuntimeError:
+                running = None
+            if running is self.loop:
+                self.cancel_event.set()
+        self.call_soon_threadsafe(self._apply)
+
+    def _apply(self) -> None:
+        """Make the latest request felt everywhere, on the loop, outside of every task."""
+        if self.ended is not None or self.assembly is None:
+            return
+        fresh, self._applied = self._requests[self._applied :], len(self._requests)
+        for request in fresh:
+            if request.cut is not None:
+                self.assembly.cut(request.cut)
+        if self.level >= StopLevel.DRAIN:
+            self.assembly.stop_source()
+        if self.cancelled:
+            self.abort_now()
+        self.pulse()
+
+    def escalate(self, level: StopLevel) -> None:
+        """Patience is over: the supervisor's own step up. On the loop."""
+        self._floor = max(self._floor, level)
+        if self.cancelled:
+            self.abort_now()
+
+    def abort_now(self) -> None:
+        """Close every channel and cancel every task. On the loop, never from inside a task of this run's stages."""
+        if self._aborted:
+            return
+        self._aborted = True
+        self.cancel_event.set()
+        if self.assembly is not None:
+            self.assembly.abort()
+        self.cancel_tasks()
+
+    def cancel_tasks(self, upto: int | None = None) -> None:
+        """Cancel the stages' tasks: all, or those of the stages with an index up to `upto`."""
+        for task in list(self.tasks):
+            group = self._groups.get(task)
+            if task is not self.supervisor and (upto is None or (group is not None and group <= upto)):
+                task.cancel()
+
+    # --- internals: waiting
+
+    def pulse(self) -> None:
+        """Wake the supervisor: something has changed."""
+        if self._pulse is not None and not self._pulse.done():
+            self._pulse.set_result(None)
+
+    async def wait_for(self, condition: Callable[[], bool], seconds: float | None) -> bool:
+        """Wait until the condition holds, which is looked at after every change; False when time is up."""
+        assert self.loop is not None
+        deadline = None if seconds is None else self.loop.time() + seconds
+        while not condition():
+            self._pulse = pulse = self.loop.create_future()
+            remaining = None if deadline is None else deadline - self.loop.time()
+            if remaining is not None and remaining <= 0:
+                return False
+            await asyncio.wait((pulse,), timeout=remaining)
+        return True
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing that this run has started is left."""
+        return not (self._left_tasks() or self.processes or self._left_threads())
+
+    def abandon(self) -> None:
+        """Name what could not be stopped, and let it be: nothing that it does from now on is counted."""
+        self.abandoned += [task.get_name() for task in self._left_tasks()]
+        self.abandoned += [thread.name for thread in self._left_threads()]
+        self.abandoned += [process.name for process in self.processes]
+
+    def _left_tasks(self) -> set[asyncio.Task[Any]]:
+        return self.tasks - {self.supervisor} if self.supervisor else self.tasks
+
+    def _left_threads(self) -> set[threading.Thread]:
+        return self.threads - {self._host} if self._host else self.threads
+
+
+def describe(value: BaseException | str) -> str:
+    """An exception in one line, with its type."""
+    if isinstance(value, str):
+        return value
+    text = str(value)
+    return f"{type(value).__name__}: {text}" if text else type(value).__name__
+
+
+class CancelHandle:
+    """What `cancel()` returns: truthy when that call began or escalated the stop; awaitable for the run's result."""
+
+    def __init__(self, took_effect: bool, closed: concurrent.futures.Future[RunReport | Err], runtime: PipelineRuntime | None) -> None:
+        self._took_effect = took_effect
+        self._closed = closed
+        self._runtime = runtime
+
+    def __bool__(self) -> bool:
+        return self._took_effect
+
+    def __await__(self) -> Any:
+        return self._wait().__await__()
+
+    async def _wait(self) -> RunReport | Err:
+        self._refuse_inside()
+        if self._closed.done():
+            return self._closed.result()
+        # Shielded: giving up the wait must not cancel the future that everybody else waits for.
+        return await asyncio.shield(asyncio.wrap_future(self._closed))
+
+    def result(self, timeout: float | None = None) -> RunReport | Err:
+        """Wait in a thread (not on an event loop) until everything is closed; `TimeoutError` after `timeout` seconds."""
+        self._refuse_inside()
+        return self._closed.result(timeout)
+
+    def _refuse_inside(self) -> None:
+        runtime = self._runtime
+        if runtime is None or self._closed.done():
+            return
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:
+            task = None
+        if (task is not None and task in runtime.tasks) or threading.current_thread() in runtime.threads:
+            raise PipelineError(
+                "a stage of the pipeline cannot wait for the pipeline to close: it would wait for itself. "
+                "Call cancel() without awaiting it, or return KillSwitch(reason)"
+            )

@@ -1,0 +1,145 @@
+"""The line in which finished items wait to leave a stage: in the input's order, or as they come.
+
+The rule kept here: one coroutine, `run`, settles items, one at a time, so that outputs, policies and counts of an
+ordered stage follow the input. A slow item holds the line; the workers go on behind it until the line is full.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.protocols import Inlet, Outlet
+from pipeline.result import Err
+from workers.base import Outcome
+from workers.pooled import Job
+
+from .control import SKIP, KillSwitch
+from .desk import Desk
+
+__all__ = ["Line"]
+
+
+class Line:
+    """Jobs that have been started and not settled yet."""
+
+    def __init__(self, desk: Desk, inlet: Inlet, outlet: Outlet, *, ordered: bool, on_settled: Callable[[], None]) -> None:
+        self._desk = desk
+        self._inlet = inlet
+        self._outlet = outlet
+        self._ordered = ordered
+        self._on_settled = on_settled
+        self._jobs: deque[Job] = deque()
+        """In order: every job. Otherwise: those with news."""
+        self._bell: asyncio.Future[None] | None = None
+        self._closing = False
+        self.outstanding = 0
+        self.waiting = 0
+        """Finished jobs that wait for their turn."""
+
+    def add(self, job: Job) -> None:
+        """A job begins; from now on it holds its place."""
+        self.outstanding += 1
+        if self._ordered:
+            self._jobs.append(job)
+
+    def news(self, job: Job) -> None:
+        """There are outputs of this job, or its outcome."""
+        if job.outcome is not None:
+            self._count_waiting(1)
+        if self._ordered:
+            if self._jobs and job is self._jobs[0]:
+                self._ring()
+        elif not job.queued:
+            job.queued = True
+            self._jobs.append(job)
+            self._ring()
+
+    def close(self) -> None:
+        """No more jobs will be added: `run` returns when the last one is settled."""
+        self._closing = True
+        self._ring()
+
+    async def run(self) -> None:
+        """Settle jobs until the line is closed and empty."""
+        while True:
+            job = self._next()
+            if job is not None:
+                await self._advance(job)
+            elif self._closing and not self.outstanding:
+                return
+            else:
+                self._bell = asyncio.get_running_loop().create_future()
+                await self._bell  # bounded by the stop, which cancels this task
+
+    def _next(self) -> Job | None:
+        if not self._jobs:
+            return None
+        job = self._jobs[0]
+        if self._ordered:
+            return job if job.outputs or job.outcome is not None else None
+        job.queued = False
+        return self._jobs.popleft()
+
+    async def _advance(self, job: Job) -> None:
+        if job.outputs:
+            sent = await self._send_outputs(job)
+            if job.grant is not None and sent:
+                job.grant(sent)
+        outcome = job.outcome
+        if outcome is None or job.outputs or job.settled:
+            return
+        job.settled = True
+        if self._ordered:
+            self._jobs.popleft()
+        self._count_waiting(-1)
+        await self._settle(job, outcome)
+        self.outstanding -= 1
+        self._on_settled()
+
+    async def _send_outputs(self, job: Job) -> int:
+        sent = 0
+        while job.outputs:
+            output = job.outputs.popleft()
+            sent += 1
+            if job.spoiled is not None or job.booked or output is SKIP:
+                continue
+            if isinstance(output, Err):
+                job.spoiled = output
+            elif isinstance(output, KillSwitch):
+                job.booked = True
+                self._desk.kill(output)
+            elif not await self._outlet.put(output):
+                return sent
+        return sent
+
+    async def _settle(self, job: Job, outcome: Outcome) -> None:
+        desk, emit = self._desk, self._outlet.put
+        desk.counters.retried += outcome.retried
+        if outcome.seconds:
+            desk.counters.latency.add(outcome.seconds)
+        if job.booked:
+            return
+        if job.passing:
+            await desk.pass_on(outcome.value, emit)
+        elif job.spoiled is not None:
+            await desk.failed(desk.complete(job.spoiled, job.item, outcome.attempts), emit)
+        elif outcome.error is not None:
+            err = Err(outcome.error, job.item, desk.name, outcome.attempts, outcome.trace)
+            await desk.failed(err, emit, lost=outcome.lost, timed_out=outcome.timed_out)
+        elif outcome.many:
+            desk.counters.succeeded += 1
+        else:
+            await desk.settle(job.item, outcome.value, outcome.attempts, emit)
+
+    def _count_waiting(self, change: int) -> None:
+        self.waiting += change
+        if self._ordered:
+            # The room of finished items is lent from the inbound edge: in all, the stage holds what it was given.
+            self._inlet.release(self.waiting)
+
+    def _ring(self) -> None:
+        if self._bell is not None and not self._bell.done():
+            self._bell.set_result(None)

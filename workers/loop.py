@@ -1,0 +1,165 @@
+"""Calls one handler in the run's own loop.
+
+The rule kept here: a cancellation that the run caused passes through; one that a handler makes up is its failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from time import perf_counter
+from typing import Any
+
+
+from .base import Handler, HandlerKind, Outcome, WorkerState
+
+__all__ = ["LoopPerformer", "Send"]
+
+Send = Callable[[Any], Awaitable[bool]]
+"""Hands on one of many outputs; False ends the generator."""
+
+
+class LoopPerformer:
+    """One loop worker's handler with its state."""
+
+    def __init__(self, handler: Handler, state: WorkerState) -> None:
+        self.handler = handler
+        self.state = state
+        self.call = handler.bound(state)
+        self.simple = handler.retry.attempts == 1 and handler.timeout is None and not handler.kind.many
+        """One call, one value: nothing that `perform` would add."""
+
+    async def open(self) -> None:
+        """Run `setup`; whatever it raises is the caller's."""
+        await self._hook(self.handler.setup)
+
+    async def close(self) -> None:
+        """Run `teardown`; whatever it raises is the caller's."""
+        await self._hook(self.handler.teardown)
+
+    async def _hook(self, hook: Callable[[WorkerState], Any] | None) -> None:
+        if hook is not None:
+            result = hook(self.state)
+            if inspect.isawaitable(result):
+                await result
+
+    async def perform(self, item: Any, send: Send) -> Outcome:
+        """Call the handler until it succeeds or its retries are used up. `seconds` is the handler's own time."""
+        handler, state = self.handler, self.state
+        attempt, seconds = 1, 0.0
+        while True:
+            state.attempt = attempt
+            outcome = await self._attempt(item, send)
+            seconds += outcome.seconds
+            delay = None if outcome.error is None else handler.retry.delay(attempt, outcome.error)
+            if delay is None:
+                outcome.attempts, outcome.retried, outcome.seconds = attempt, attempt - 1, seconds
+                return outcome
+            await asyncio.sleep(delay)
+            attempt += 1
+
+    async def _attempt(self, item: Any, send: Send) -> Outcome:
+        clock = _Clock(self.handler.timeout)
+        outcome = Outcome(many=self.handler.kind.many)
+        try:
+            if outcome.many:
+                await self._send_all(item, send, clock)
+            else:
+                with clock.running():
+                    outcome.value = await clock.bounded(self.call(item))
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            outcome.error = error  # nobody has cancelled this task: the handler made it up
+        except Exception as error:
+            outcome.error, outcome.timed_out = error, clock.expired
+        outcome.seconds = clock.seconds
+        if outcome.error is None and clock.overrun and not outcome.many:
+            # A plain function cannot be interrupted; that it came back too late is still too late.
+            outcome.error, outcome.timed_out = clock.error(), True
+        return outcome
+
+    async def _send_all(self, item: Any, send: Send, clock: _Clock) -> None:
+        # With retries, outputs are held back until the attempt has succeeded, so that none is ever sent twice.
+        held: list[Any] | None = [] if self.handler.retry.attempts > 1 else None
+        async with contextlib.aclosing(self._steps(item, clock)) as outputs:
+            async for output in outputs:
+                if held is not None:
+                    held.append(output)
+                elif not await send(output):
+                    return
+        for output in held or ():
+            if not await send(output):
+                return
+
+    async def _steps(self, item: Any, clock: _Clock) -> Any:
+        """A generator's outputs, the clock running only while the generator does."""
+        generator = self.call(item)
+        if self.handler.kind is HandlerKind.GENERATOR:
+            with contextlib.closing(generator):
+                while True:
+                    with clock.running():
+                        try:
+                            output = next(generator)
+                        except StopIteration:
+                            return
+                    if clock.overrun:
+                        raise clock.error()
+                    yield output
+        else:
+            iterator: AsyncIterator[Any] = generator
+            async with contextlib.aclosing(generator):
+                while True:
+                    with clock.running():
+                        try:
+                            output = await clock.bounded(anext(iterator))
+                        except StopAsyncIteration:
+                            return
+                    yield output
+
+
+class _Clock:
+    """Counts the time of one attempt, and ends an await that takes more than what is left of it."""
+
+    __slots__ = ("_began", "_limit", "expired", "seconds")
+
+    def __init__(self, limit: float | None) -> None:
+        self._limit = limit
+        self._began = 0.0
+        self.seconds = 0.0
+        self.expired = False
+
+    @contextlib.contextmanager
+    def running(self) -> Any:
+        began = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += perf_counter() - began
+
+    @property
+    def overrun(self) -> bool:
+        return self._limit is not None and self.seconds > self._limit
+
+    def error(self) -> TimeoutError:
+        self.expired = True
+        return TimeoutError(f"the attempt took more than {self._limit:g} s")
+
+    async def bounded(self, value: Any) -> Any:
+        """Await what is awaitable, within the limit."""
+        if not inspect.isawaitable(value):
+            return value
+        if self._limit is None:
+            return await value
+        try:
+            async with asyncio.timeout(max(0.0, self._limit - self.seconds)) as scope:
+                return await value
+        except TimeoutError:
+            if scope.expired():
+                raise self.error() from None
+            raise
+
+

@@ -1,0 +1,165 @@
+"""Calls one handler, one item at a time, on a thread that may block: a worker thread, or a worker process's main one.
+
+The rule kept here: nothing that a handler does gets past `perform` but as an `Outcome`; only a stop does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from time import monotonic, perf_counter, sleep
+from typing import Any, Protocol
+
+from pipeline.protocols import StopToken
+
+from .base import Handler, HandlerKind, Outcome, WorkerState
+
+__all__ = ["Control", "Performer", "WorkerStopped", "pause"]
+
+_POLL = 0.05
+"""Seconds between two looks at the stop token while a retry waits."""
+
+
+class WorkerStopped(BaseException):
+    """The worker was told to stop while it handed on an output; never seen by handlers' `except Exception`."""
+
+
+class Control(StopToken, Protocol):
+    """What a performer tells and asks its owner."""
+
+    def attempt_begins(self, attempt: int) -> None:
+        """A clock may start for this attempt."""
+        ...
+
+    def send(self, output: Any) -> None:
+        """Hand on one of many outputs; waits for room, raises `WorkerStopped` when there will be none."""
+        ...
+
+
+class Performer:
+    """One worker's handler with its state, and an event loop of its own when the handler is asynchronous."""
+
+    def __init__(self, handler: Handler, state: WorkerState, control: Control) -> None:
+        self._handler = handler
+        self._state = state
+        self._control = control
+        self._runner: asyncio.Runner | None = None
+        self._expired = False
+        self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
+
+    @property
+    def many(self) -> bool:
+        """Whether the handler sends its outputs one by one."""
+        return self._handler.kind.many
+
+    def open(self) -> None:
+        """Run `setup`; whatever it raises is the caller's."""
+        if self._handler.setup is not None:
+            self._finish(self._handler.setup(self._state))
+
+    def close(self) -> None:
+        """Run `teardown`, then close the loop; whatever it raises is the caller's."""
+        try:
+            if self._handler.teardown is not None:
+                self._finish(self._handler.teardown(self._state))
+        finally:
+            if self._runner is not None:
+                self._runner.close()
+
+    def perform(self, item: Any, first_attempt: int = 1) -> Outcome:
+        """Call the handler until it succeeds or its retries are used up."""
+        handler, state, control = self._handler, self._state, self._control
+        attempt = first_attempt
+        began = perf_counter()
+        while True:
+            state.attempt = attempt
+            control.attempt_begins(attempt)
+            outcome = self._attempt(item)
+            delay = None if outcome.error is None else handler.retry.delay(attempt, outcome.error)
+            if delay is None or control.cancelled or not pause(delay, control):
+                outcome.attempts = attempt
+                outcome.retried = attempt - first_attempt
+                outcome.seconds = perf_counter() - began
+                return outcome
+            attempt += 1
+
+    def interrupt(self) -> None:
+        """Cancel the coroutine that is running, if any. From any thread."""
+        running = self._running
+        if running is not None:
+            loop, task = running
+            with contextlib.suppress(RuntimeError):  # the loop has closed in the meantime: nothing to interrupt
+                loop.call_soon_threadsafe(task.cancel)
+
+    # --- one attempt
+
+    def _attempt(self, item: Any) -> Outcome:
+        self._expired = False
+        try:
+            if not self._handler.kind.many:
+                return Outcome(self._finish(self._handler.call(item, self._state)))
+            self._send_all(self._handler.call(item, self._state))
+            return Outcome(many=True)
+        except WorkerStopped as stop:
+            return Outcome(error=stop)
+        except BaseException as error:
+            # BaseException: a handler's SystemExit must fail its item, not end the worker with other items in hand.
+            return Outcome(error=error, trace=traceback.format_exc(), timed_out=self._expired and isinstance(error, TimeoutError))
+
+    def _send_all(self, outputs: Any) -> None:
+        # With retries, outputs are held back until the attempt has succeeded, so that none is ever sent twice.
+        hold = self._handler.retry.attempts > 1
+        held: list[Any] = []
+        send: Callable[[Any], None] = held.append if hold else self._control.send
+        if self._handler.kind is HandlerKind.GENERATOR:
+            iterator: Iterator[Any] = outputs
+            with contextlib.closing(outputs):
+                for output in iterator:
+                    send(output)
+        else:
+            self._run(_send_each(outputs, send))
+        for output in held:
+            self._control.send(output)
+
+    def _finish(self, result: Any) -> Any:
+        """Await what is awaitable: coroutine functions, and plain functions that return a coroutine."""
+        return self._run(result) if inspect.isawaitable(result) else result
+
+    def _run(self, awaitable: Awaitable[Any]) -> Any:
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+        return self._runner.run(self._guarded(awaitable))
+
+    async def _guarded(self, awaitable: Awaitable[Any]) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        self._running = (asyncio.get_running_loop(), task)
+        try:
+            if self._handler.timeout is None:
+                return await awaitable
+            async with asyncio.timeout(self._handler.timeout) as clock:
+                try:
+                    return await awaitable
+                finally:
+                    self._expired = clock.expired()
+        finally:
+            self._running = None
+
+
+async def _send_each(outputs: AsyncIterator[Any], send: Callable[[Any], None]) -> None:
+    async with contextlib.aclosing(outputs):  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+        async for output in outputs:
+            send(output)
+
+
+def pause(seconds: float, token: StopToken) -> bool:
+    """Sleep in a thread; False as soon as the token says stop."""
+    deadline = monotonic() + seconds
+    while (left := deadline - monotonic()) > 0:
+        if token.cancelled:
+            return False
+        sleep(min(left, _POLL))
+    return not token.cancelled

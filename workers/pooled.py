@@ -1,0 +1,98 @@
+"""What a stage and a pool of workers (threads, processes) say to each other.
+
+The rule kept here: the stage owns order, policy and counting; the pool owns who does what. Between them go jobs, and
+each job comes back once, with its `outcome`. All calls are on the run's loop.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .base import Handler, Outcome
+
+if TYPE_CHECKING:
+    from pipeline.runtime import PipelineRuntime
+
+__all__ = ["HOLD_LIMIT", "PARTIAL_LIMIT", "Executor", "Job", "Order"]
+
+HOLD_LIMIT = 2048
+"""Items that one worker holds at most beside the one it works on."""
+PARTIAL_LIMIT = 64
+"""Outputs of one item that a worker may send ahead of what has been passed on downstream."""
+
+
+class Job:
+    """One item on its way through a pool. Its `outputs` (of a generator) may leave before its `outcome` is known."""
+
+    __slots__ = ("attempt", "booked", "by_value", "grant", "item", "outcome", "outputs", "passing", "queued", "retried", "settled", "spoiled")
+
+    def __init__(self, item: Any) -> None:
+        self.item = item
+        self.attempt = 1
+        self.retried = 0
+        """Attempts of earlier workers that were given up."""
+        self.outcome: Outcome | None = None
+        self.outputs: deque[Any] = deque()
+        self.grant: Callable[[int], None] | None = None
+        """Tells the worker how many of `outputs` have left, so that it may send as many more."""
+        self.queued = False
+        """Whether the stage knows already that there is news."""
+        self.passing = False
+        """An error of an earlier stage that only keeps its place in the order."""
+        self.spoiled: Any = None
+        """The `Err` that a generator yielded: the item has failed, whatever comes after."""
+        self.settled = False
+        self.by_value = False
+        """A worker could not read it when it was pickled by reference."""
+        self.booked = False
+        """The item is in the ledger already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a stage asks of a pool: how many workers, doing what, holding how much, and whom to tell."""
+
+    runtime: PipelineRuntime
+    stage: str
+    group: int
+    handlers: Sequence[Handler]
+    concurrency: int
+    buffer: int | None
+    news: Callable[[Job], None]
+    """There are outputs, or the outcome, of this job."""
+    ready: Callable[[], None]
+    """A worker may take more."""
+    broke: Callable[[BaseException, str], None]
+    """`setup` or `teardown` has raised (the second argument says which), or workers cannot start."""
+
+
+class Executor(Protocol):
+    """A pool of workers of one stage in one run."""
+
+    def start(self) -> None:
+        """Start the workers; does not wait for them."""
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """How many jobs the workers may hold at once, as things are."""
+        ...
+
+    def room(self) -> int:
+        """How many more jobs may be handed over now."""
+        ...
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Hand over jobs; at most `room()`."""
+        ...
+
+    async def close(self) -> None:
+        """No more jobs will come and all have come back: run `teardown`s, and wait until every worker has ended."""
+        ...
+
+    def abort(self) -> None:
+        """Ask every worker to stop now. Synchronous, idempotent; nothing is reported after it."""
+        ...

@@ -1,0 +1,234 @@
+"""One worker process and the parent's ends of its two pipes.
+
+The rule kept here: what was opened for a worker is closed when it has ended, however it ended; and its last words are
+read before it is declared gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, cast
+
+import multiprocess
+from multiprocess.connection import Connection
+
+from pipeline.errors import PipelineError
+from pipeline.runtime import PipelineRuntime, ProcessLike
+
+from . import child
+from .wire import Frame, FrameReader, SharedWords, frame
+
+__all__ = ["WorkerLink"]
+
+_CHUNK = 1 << 18
+_PIPE_SIZE = 1 << 20
+_PRELOAD = ["asyncio", "dill", "structlog", "aiostream", "multiprocess.connection", "multiprocess.reduction"]
+"""Imported once by the fork server, so that a worker starts in a few milliseconds."""
+
+_starting = threading.Lock()
+"""Starting a process changes the signal mask and, the first time, starts the fork server: one at a time."""
+
+
+class WorkerLink:
+    """A worker process. Made and used on the run's loop; the process is started from a thread, for that takes time."""
+
+    def __init__(
+        self,
+        runtime: PipelineRuntime,
+        name: str,
+        method: str,
+        arguments: tuple[bytes, str, int],
+        *,
+        on_frame: Callable[[WorkerLink, Frame, Any], None],
+        on_end: Callable[[WorkerLink, int | None, BaseException | None], None],
+    ) -> None:
+        self._runtime = runtime
+        self._name = name
+        self._on_frame = on_frame
+        self._on_end = on_end
+        self.ready = False
+        """Its `setup` is done."""
+        self.last_item = self.last_attempt = 0
+        """Of the shared words, when it ended."""
+        self._context: Any = multiprocess.get_context(method)
+        self._arguments = arguments
+        self._process: Any = None
+        self._out: deque[memoryview] = deque()
+        self._writing = False
+        self._hanging_up = False
+        self._reader = FrameReader()
+        self._words = SharedWords()
+        self._child_in, self._down = _pipe(self._context)
+        self._up, self._child_out = _pipe(self._context)
+        self._reading = False
+
+    @property
+    def words(self) -> memoryview:
+        return self._words.words
+
+    # --- starting
+
+    def start(self) -> None:
+        """Start the process; `on_end` tells if that fails."""
+        if getattr(multiprocess.current_process(), "_inheriting", False):
+            error = PipelineError(
+                "a worker process is importing the main program, and that starts a pipeline again; "
+                'put the start under `if __name__ == "__main__":`'
+            )
+            self._start_failed(error)
+            return
+        self._runtime.start_thread(self._launch, name=f"{self._name}:start")
+
+    def _launch(self) -> None:
+        try:
+            process = self._context.Process(
+                target=child.main,
+                args=(self._child_in, self._child_out, self._words, *self._arguments),
+                name=f"{self._runtime.name}/{self._name}",
+                daemon=True,
+            )
+            with _starting, _interrupts_blocked():
+                if self._context.get_start_method() == "forkserver":
+                    self._context.set_forkserver_preload(_PRELOAD)
+                process.start()
+        except BaseException as error:
+            self._runtime.call_soon_threadsafe(self._start_failed, error)
+        else:
+            self._runtime.call_soon_threadsafe(self._started, process)
+
+    def _start_failed(self, error: BaseException) -> None:
+        self._child_in.close()
+        self._child_out.close()
+        self._release()
+        asyncio.get_running_loop().call_soon(self._on_end, self, None, error)
+
+    def _started(self, process: Any) -> None:
+        self._process = process
+        # Only the worker has these now: when it dies, our reading end sees the end.
+        self._child_in.close()
+        self._child_out.close()
+        os.set_blocking(self._down.fileno(), False)
+        os.set_blocking(self._up.fileno(), False)
+        self._runtime.register_process(cast("ProcessLike", process), on_end=self._ended)
+        asyncio.get_running_loop().add_reader(self._up.fileno(), self._read)
+        self._reading = True
+        self._write()
+
+    # --- talking
+
+    def send(self, kind: Frame, content: Any) -> None:
+        """Send a frame as soon as the pipe takes it. Nothing is sent after `hang_up`."""
+        if self._hanging_up or self._down.closed:
+            return
+        self._out.append(memoryview(frame(kind, content)))
+        if not self._writing and self._process is not None:
+            self._write()
+
+    def hang_up(self) -> None:
+        """Tell the worker that nothing more will come, once everything is sent: it finishes and ends."""
+        self._hanging_up = True
+        if not self._writing and self._process is not None:
+            self._write()
+
+    def kill(self) -> None:
+        """End the process without asking it."""
+        if self._process is not None:
+            self._process.kill()
+
+    def _write(self) -> None:
+        if self._down.closed:
+            return
+        descriptor = self._down.fileno()
+        try:
+            while self._out:
+                written = os.write(descriptor, self._out[0])
+                if written < len(self._out[0]):
+                    self._out[0] = self._out[0][written:]
+                else:
+                    self._out.popleft()
+        except BlockingIOError:
+            if not self._writing:
+                asyncio.get_running_loop().add_writer(descriptor, self._write)
+                self._writing = True
+            return
+        except BrokenPipeError:  # it is dying; its sentinel tells the rest
+            self._out.clear()
+        self._stop_writing()
+        if self._hanging_up:
+            self._down.close()
+
+    def _stop_writing(self) -> None:
+        if self._writing:
+            asyncio.get_running_loop().remove_writer(self._down.fileno())
+            self._writing = False
+
+    def _read(self) -> None:
+        try:
+            chunk = os.read(self._up.fileno(), _CHUNK)
+        except BlockingIOError:
+            return
+        if not chunk:
+            self._stop_reading()
+            return
+        for kind, content in self._reader.feed(chunk):
+            self._on_frame(self, kind, content)
+
+    def _stop_reading(self) -> None:
+        if self._reading:
+            asyncio.get_running_loop().remove_reader(self._up.fileno())
+            self._reading = False
+
+    # --- the end
+
+    def _ended(self) -> None:
+        while self._reading:  # its last words: what it had written before it ended
+            try:
+                chunk = os.read(self._up.fileno(), _CHUNK)
+            except BlockingIOError:
+                break
+            if not chunk:
+                break
+            for kind, content in self._reader.feed(chunk):
+                self._on_frame(self, kind, content)
+        self.last_item, self.last_attempt = self.words[SharedWords.ITEM], self.words[SharedWords.ATTEMPT]
+        exit_code: int | None = self._process.exitcode
+        self._release()
+        self._process.close()
+        self._on_end(self, exit_code, None)
+
+    def _release(self) -> None:
+        self._stop_reading()
+        self._stop_writing()
+        self._out.clear()
+        self._up.close()
+        if not self._down.closed:
+            self._down.close()
+        self._words.close()
+
+
+def _pipe(context: Any) -> tuple[Connection, Connection]:
+    reading, writing = context.Pipe(duplex=False)
+    with contextlib.suppress(OSError, AttributeError):  # a larger pipe is faster; the default one works
+        fcntl.fcntl(writing.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+    return reading, writing
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Any:
+    # Inherited by the fork server and its children, until they have set their own handling: a Ctrl-C that reaches a
+    # worker while it starts must not print a traceback there.
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
