@@ -35,12 +35,21 @@ class Link:
 
 
 class Sink(Outlet, Protocol):
-    """Where the last stage's outputs go; `counters.received` is what was delivered."""
+    """Where the last stage's outputs go, and a consumer takes them; `counters.received` is what was delivered."""
 
     counters: Counters
+    tallied: int
+
+    @property
+    def drained(self) -> bool:
+        """Whether the consumer has taken everything."""
+        ...
 
     def connect(self, up: Counters, runtime: PipelineRuntime) -> None: ...
     def abort(self) -> None: ...
+    def hand_over(self) -> None:
+        """The run closes: what still waits becomes the consumer's own."""
+        ...
 
 
 def seats_for(links: Sequence[Link]) -> tuple[Seat, ...]:

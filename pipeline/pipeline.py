@@ -14,12 +14,11 @@ Example:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
-from .assembly import Link, seats_for
+from .assembly import Link, Sink, seats_for
 from .bridge import BridgeSink
 from .cancellation.reason import CancelReason, CancelType
 from .channel import EMPTY
@@ -32,7 +31,7 @@ from .policy import ErrorPolicy
 from .protocols import StageLike
 from .report import RunReport
 from .result import Err
-from .run import OutputSink, Run
+from .run import Run
 from .runtime import CancelHandle, PipelineRuntime, StopLevel, StopRequest
 from .sink import BufferSink, CollectingSink, DiscardingSink
 from .source import Source, as_source
@@ -180,7 +179,7 @@ class Pipeline(Generic[T]):
         result = await self._finish(sink)
         return result if isinstance(result, Err) else sink.items
 
-    async def _finish(self, sink: OutputSink) -> RunReport | Err:
+    async def _finish(self, sink: Sink) -> RunReport | Err:
         run = self._prepare(sink)
         if isinstance(run, Err):
             return run
@@ -254,7 +253,7 @@ class Pipeline(Generic[T]):
         if isinstance(result, Err):
             raise _stopped(result) from _cause(result)
 
-    def _prepare(self, sink: OutputSink) -> Run | Err:
+    def _prepare(self, sink: Sink) -> Run | Err:
         """Check everything that can be checked before anything starts."""
         if self._active:
             raise PipelineError(

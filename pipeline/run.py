@@ -9,7 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from .assembly import Assembly, Link, Sink
 from .cancellation.reason import CancelReason, CancelType
@@ -24,17 +24,7 @@ from .source import Source
 if TYPE_CHECKING:
     from .cancellation.triggers import Trigger, TriggerHandle
 
-__all__ = ["OutputSink", "Run"]
-
-
-class OutputSink(Sink, Protocol):
-    """A sink that a consumer takes from."""
-
-    tallied: int
-
-    @property
-    def drained(self) -> bool: ...
-    def hand_over(self) -> None: ...
+__all__ = ["Run"]
 
 
 class Run:
@@ -45,7 +35,7 @@ class Run:
         runtime: PipelineRuntime,
         source: Source,
         links: Sequence[Link],
-        sink: OutputSink,
+        sink: Sink,
         triggers: Sequence[Trigger],
         *,
         log: bool,

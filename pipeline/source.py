@@ -17,12 +17,12 @@ import queue
 import types
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol, cast
 
 from aiostream.core import BaseStream, Streamer, streamcontext
 
 from .channel import EMPTY, Channel
-from .errors import PipelineError
 from .metrics import Counters
 from .protocols import Inlet
 from .result import Err
@@ -227,7 +227,7 @@ class WaitingFeed:
         try:
             iterable = await self._open()
             if isinstance(iterable, AsyncIterable):
-                await self._pull_async(cast("AsyncIterable[Any]", iterable))
+                await self._pull_async(iterable)
             else:
                 await self._pull_in_thread(iterable)
         except Exception as error:
@@ -253,9 +253,9 @@ class WaitingFeed:
     async def _pull_async(self, iterable: AsyncIterable[Any]) -> None:
         iterator: AsyncIterator[Any]
         if isinstance(iterable, BaseStream) and not isinstance(iterable, Streamer):
-            context = streamcontext(cast("AsyncIterable[Any]", iterable))
-            iterator = await context.__aenter__()
-            close: Callable[[], Any] | None = lambda: context.__aexit__(None, None, None)
+            iterator = streamcontext(iterable)
+            await iterator.__aenter__()
+            close: Callable[[], Any] | None = partial(iterator.__aexit__, None, None, None)
         else:
             iterator = aiter(iterable)
             close = getattr(iterator, "aclose", None)

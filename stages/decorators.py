@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from enum import Enum, auto
+from functools import partial
 from typing import Any, Protocol, TypeAlias, TypeVar, cast, overload
 
 from pipeline.errors import StageConfigError
@@ -84,7 +85,7 @@ class _Bare(Protocol):
 def _stage(function: Any = None, /, **options: Any) -> Any:
     checked = _options(options)
     if function is None:
-        return lambda function: _declare([function], checked)
+        return partial(_declare_one, options=checked)
     return _declare([function], checked)
 
 
@@ -103,6 +104,10 @@ def _options(options: dict[str, Any]) -> StageOptions:
         known = ", ".join(StageOptions.__dataclass_fields__)
         raise StageConfigError(f"unknown stage option {sorted(unknown)[0]!r}; the options are {known}")
     return StageOptions(**options)
+
+
+def _declare_one(function: Any, options: StageOptions) -> Stage[Any, Any]:
+    return _declare([function], options)
 
 
 def _declare(functions: list[Any], options: StageOptions) -> Stage[Any, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from pipeline.protocols import Inlet, Outlet
 from pipeline.result import Err

@@ -155,7 +155,7 @@ def _kind_of(function: Any) -> HandlerKind:
         return HandlerKind.ASYNC_GENERATOR
     if inspect.isgeneratorfunction(inner):
         return HandlerKind.GENERATOR
-    if inspect.iscoroutinefunction(inner) or asyncio.iscoroutinefunction(inner):
+    if inspect.iscoroutinefunction(inner):
         return HandlerKind.COROUTINE
     return HandlerKind.PLAIN
 

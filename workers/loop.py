@@ -8,10 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from time import perf_counter
 from typing import Any
-
 
 from .base import Handler, HandlerKind, Outcome, WorkerState
 
@@ -95,7 +94,7 @@ class LoopPerformer:
             if not await send(output):
                 return
 
-    async def _steps(self, item: Any, clock: _Clock) -> Any:
+    async def _steps(self, item: Any, clock: _Clock) -> AsyncGenerator[Any, None]:
         """A generator's outputs, the clock running only while the generator does."""
         generator = self.call(item)
         if self.handler.kind is HandlerKind.GENERATOR:
@@ -154,8 +153,9 @@ class _Clock:
             return value
         if self._limit is None:
             return await value
+        scope = asyncio.timeout(max(0.0, self._limit - self.seconds))
         try:
-            async with asyncio.timeout(max(0.0, self._limit - self.seconds)) as scope:
+            async with scope:
                 return await value
         except TimeoutError:
             if scope.expired():

@@ -21,8 +21,8 @@ __all__ = ["InLoop", "InProcess", "InThread", "Placement", "as_placement"]
 class Placement(Protocol):
     """What a stage needs of `run_in`."""
 
-    @property
-    def kind(self) -> str: ...
+    kind: ClassVar[str]
+
     def check(self, stage: str, handlers: Sequence[Handler]) -> None: ...
     def executor(self, order: Order) -> Executor: ...
 
@@ -37,7 +37,7 @@ class InLoop:
         """Anything callable can be called here."""
 
     def executor(self, order: Order) -> Executor:
-        raise AssertionError("the loop needs no executor")
+        raise AssertionError(f"stage {order.stage!r} runs in the loop, which needs no executor")
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,6 +201,7 @@ class _Worker:
         return self._runtime.reasons
 
     def attempt_begins(self, attempt: int) -> None:
+        del attempt  # in `state` already
         self.began = monotonic()
 
     def send(self, output: Any) -> None:

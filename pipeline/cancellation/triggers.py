@@ -257,7 +257,7 @@ class _SignalHub:
                 continue  # disarmed by a listener before it
             try:
                 listener(self._signum)
-            except Exception as error:  # noqa: BLE001 - as loops do for callbacks: the others must hear of it too
+            except Exception as error:
                 self._loop.call_exception_handler({"message": f"a callback of {self} failed", "exception": error})
 
     def _restore(self) -> None:

@@ -40,9 +40,14 @@ def filter(fn: Function[In, Awaitable[object]] | Function[In, object], **options
             return item if await inner.call(item, state) else SKIP
 
         return _declare("filter", fn, keep_later, options)
-    if inner.takes_state:
-        return _declare("filter", fn, lambda item, state: item if call(item, state) else SKIP, options)
-    return _declare("filter", fn, lambda item: item if call(item) else SKIP, options)
+
+    def keep_by_state(item: Any, state: WorkerState) -> Any:
+        return item if call(item, state) else SKIP
+
+    def keep(item: Any) -> Any:
+        return item if call(item) else SKIP
+
+    return _declare("filter", fn, keep_by_state if inner.takes_state else keep, options)
 
 
 def tap(fn: Function[In, object], **options: Any) -> Stage[In, In]:

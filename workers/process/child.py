@@ -25,7 +25,7 @@ from pipeline.cancellation.reason import CancelReason
 from ..base import Outcome, WorkerState
 from ..performer import Performer, WorkerStopped
 from ..pooled import PARTIAL_LIMIT
-from .wire import Frame, FrameReader, Packed, SharedWords, frame, pack, portable, unpack, unpack_handler
+from .wire import ChildEnd, Frame, FrameReader, Packed, SharedWords, frame, pack, portable, unpack, unpack_handler
 
 __all__ = ["main"]
 
@@ -38,22 +38,22 @@ _OUTPUTS = 16
 JobEntry = tuple[int, int, Packed]
 
 
-def main(down: Any, up: Any, words: SharedWords, handler: bytes, stage: str, number: int) -> None:
-    """The process's whole life. `down` and `up` are the connections, `words` the shared memory."""
+def main(down: ChildEnd, up: ChildEnd, words: SharedWords, handler: bytes, stage: str, number: int) -> None:
+    """The process's whole life. `down` and `up` are its ends of the pipes, `words` the shared memory."""
     # Ctrl-C in a terminal reaches the whole group; what it means is the parent's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     # A daemon process may not have children; a handler may.
-    mp_process.current_process()._config["daemon"] = False
+    config: dict[str, Any] = mp_process.current_process()._config
+    config["daemon"] = False
     _Child(down, up, words, stage, number).live(handler)
 
 
 class _Child:
-    def __init__(self, down: Any, up: Any, words: SharedWords, stage: str, number: int) -> None:
-        self._down: int = down.fileno()
-        self._up: int = up.fileno()
-        self._ends = (down, up)
+    def __init__(self, down: ChildEnd, up: ChildEnd, words: SharedWords, stage: str, number: int) -> None:
+        self._down = down.number
+        self._up = up.number
         self._words = words.words
         self._shared = words
         self._jobs: queue.SimpleQueue[list[JobEntry] | None] = queue.SimpleQueue()

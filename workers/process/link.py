@@ -17,13 +17,12 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import multiprocess
-from multiprocess.connection import Connection
 
 from pipeline.errors import PipelineError
 from pipeline.runtime import PipelineRuntime, ProcessLike
 
 from . import child
-from .wire import Frame, FrameReader, SharedWords, frame
+from .wire import ChildEnd, Frame, FrameReader, SharedWords, frame
 
 __all__ = ["WorkerLink"]
 
@@ -32,6 +31,7 @@ _PIPE_SIZE = 1 << 20
 _PRELOAD = ["asyncio", "dill", "structlog", "aiostream", "multiprocess.connection", "multiprocess.reduction"]
 """Imported once by the fork server, so that a worker starts in a few milliseconds."""
 
+_multiprocess: Any = multiprocess  # its functions are made at import, out of a type checker's sight
 _starting = threading.Lock()
 """Starting a process changes the signal mask and, the first time, starts the fork server: one at a time."""
 
@@ -57,7 +57,7 @@ class WorkerLink:
         """Its `setup` is done."""
         self.last_item = self.last_attempt = 0
         """Of the shared words, when it ended."""
-        self._context: Any = multiprocess.get_context(method)
+        self._context: Any = _multiprocess.get_context(method)
         self._arguments = arguments
         self._process: Any = None
         self._out: deque[memoryview] = deque()
@@ -65,8 +65,10 @@ class WorkerLink:
         self._hanging_up = False
         self._reader = FrameReader()
         self._words = SharedWords()
-        self._child_in, self._down = _pipe(self._context)
-        self._up, self._child_out = _pipe(self._context)
+        child_in, self._down = _pipe()
+        self._up, child_out = _pipe()
+        self._child_ends = (ChildEnd(child_in), ChildEnd(child_out))
+        self._open = {self._down, self._up}
         self._reading = False
 
     @property
@@ -77,7 +79,7 @@ class WorkerLink:
 
     def start(self) -> None:
         """Start the process; `on_end` tells if that fails."""
-        if getattr(multiprocess.current_process(), "_inheriting", False):
+        if getattr(_multiprocess.current_process(), "_inheriting", False):
             error = PipelineError(
                 "a worker process is importing the main program, and that starts a pipeline again; "
                 'put the start under `if __name__ == "__main__":`'
@@ -90,7 +92,7 @@ class WorkerLink:
         try:
             process = self._context.Process(
                 target=child.main,
-                args=(self._child_in, self._child_out, self._words, *self._arguments),
+                args=(*self._child_ends, self._words, *self._arguments),
                 name=f"{self._runtime.name}/{self._name}",
                 daemon=True,
             )
@@ -104,20 +106,18 @@ class WorkerLink:
             self._runtime.call_soon_threadsafe(self._started, process)
 
     def _start_failed(self, error: BaseException) -> None:
-        self._child_in.close()
-        self._child_out.close()
+        self._close_child_ends()
         self._release()
         asyncio.get_running_loop().call_soon(self._on_end, self, None, error)
 
     def _started(self, process: Any) -> None:
         self._process = process
         # Only the worker has these now: when it dies, our reading end sees the end.
-        self._child_in.close()
-        self._child_out.close()
-        os.set_blocking(self._down.fileno(), False)
-        os.set_blocking(self._up.fileno(), False)
+        self._close_child_ends()
+        os.set_blocking(self._down, False)
+        os.set_blocking(self._up, False)
         self._runtime.register_process(cast("ProcessLike", process), on_end=self._ended)
-        asyncio.get_running_loop().add_reader(self._up.fileno(), self._read)
+        asyncio.get_running_loop().add_reader(self._up, self._read)
         self._reading = True
         self._write()
 
@@ -125,7 +125,7 @@ class WorkerLink:
 
     def send(self, kind: Frame, content: Any) -> None:
         """Send a frame as soon as the pipe takes it. Nothing is sent after `hang_up`."""
-        if self._hanging_up or self._down.closed:
+        if self._hanging_up or self._down not in self._open:
             return
         self._out.append(memoryview(frame(kind, content)))
         if not self._writing and self._process is not None:
@@ -143,9 +143,9 @@ class WorkerLink:
             self._process.kill()
 
     def _write(self) -> None:
-        if self._down.closed:
+        if self._down not in self._open:
             return
-        descriptor = self._down.fileno()
+        descriptor = self._down
         try:
             while self._out:
                 written = os.write(descriptor, self._out[0])
@@ -162,16 +162,16 @@ class WorkerLink:
             self._out.clear()
         self._stop_writing()
         if self._hanging_up:
-            self._down.close()
+            self._close(self._down)
 
     def _stop_writing(self) -> None:
         if self._writing:
-            asyncio.get_running_loop().remove_writer(self._down.fileno())
+            asyncio.get_running_loop().remove_writer(self._down)
             self._writing = False
 
     def _read(self) -> None:
         try:
-            chunk = os.read(self._up.fileno(), _CHUNK)
+            chunk = os.read(self._up, _CHUNK)
         except BlockingIOError:
             return
         if not chunk:
@@ -182,7 +182,7 @@ class WorkerLink:
 
     def _stop_reading(self) -> None:
         if self._reading:
-            asyncio.get_running_loop().remove_reader(self._up.fileno())
+            asyncio.get_running_loop().remove_reader(self._up)
             self._reading = False
 
     # --- the end
@@ -190,7 +190,7 @@ class WorkerLink:
     def _ended(self) -> None:
         while self._reading:  # its last words: what it had written before it ended
             try:
-                chunk = os.read(self._up.fileno(), _CHUNK)
+                chunk = os.read(self._up, _CHUNK)
             except BlockingIOError:
                 break
             if not chunk:
@@ -207,16 +207,24 @@ class WorkerLink:
         self._stop_reading()
         self._stop_writing()
         self._out.clear()
-        self._up.close()
-        if not self._down.closed:
-            self._down.close()
+        self._close(self._up)
+        self._close(self._down)
         self._words.close()
 
+    def _close_child_ends(self) -> None:
+        for end in self._child_ends:
+            end.close()
 
-def _pipe(context: Any) -> tuple[Connection, Connection]:
-    reading, writing = context.Pipe(duplex=False)
+    def _close(self, descriptor: int) -> None:
+        if descriptor in self._open:
+            self._open.discard(descriptor)
+            os.close(descriptor)
+
+
+def _pipe() -> tuple[int, int]:
+    reading, writing = os.pipe()
     with contextlib.suppress(OSError, AttributeError):  # a larger pipe is faster; the default one works
-        fcntl.fcntl(writing.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
     return reading, writing
 
 

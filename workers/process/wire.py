@@ -29,7 +29,7 @@ from pipeline.errors import PipelineError, StageConfigError
 
 from ..base import Handler
 
-__all__ = ["Frame", "FrameReader", "RemoteError", "SharedWords", "frame", "pack", "pack_handler", "unpack", "unpack_handler"]
+__all__ = ["ChildEnd", "Frame", "FrameReader", "RemoteError", "SharedWords", "frame", "pack", "pack_handler", "unpack", "unpack_handler"]
 
 
 # --- frames
@@ -110,7 +110,7 @@ def pack(value: Any, *, by_value: bool = False) -> Packed:
             return (True, pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
         except Exception:  # whatever the reason, dill has a say before the item fails
             pass
-    return (True, cast("bytes", dill.dumps(value, recurse=True)))
+    return (True, dill.dumps(value, recurse=True))
 
 
 def unpack(packed: Packed) -> Any:
@@ -141,7 +141,7 @@ def pack_handler(stage: str, handler: Handler) -> bytes:
     """A handler as bytes; `StageConfigError` when it cannot travel to a process."""
     sendable = _Sendable(handler)
     try:
-        return cast("bytes", dill.dumps(sendable, byref=_main_is_importable(), recurse=True))
+        return dill.dumps(sendable, byref=_main_is_importable(), recurse=True)
     except Exception as error:
         raise StageConfigError(
             f"the handler of stage {stage!r} cannot be sent to a worker process: {type(error).__name__}: {error}. "
@@ -268,6 +268,23 @@ class SharedWords:
 
 def _attach_words(duplicate: Any) -> SharedWords:
     return SharedWords(duplicate.detach())
+
+
+class ChildEnd:
+    """A descriptor that travels to the process being started; there it is `number` again."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def close(self) -> None:
+        os.close(self.number)
+
+    def __reduce__(self) -> tuple[Callable[[Any], ChildEnd], tuple[Any]]:
+        return (_attach_end, (reduction.DupFd(self.number),))
+
+
+def _attach_end(duplicate: Any) -> ChildEnd:
+    return ChildEnd(duplicate.detach())
 
 
 def _anonymous_file() -> int:
