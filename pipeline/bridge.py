@@ -24,6 +24,8 @@ __all__ = ["BridgeSink"]
 class BridgeSink:
     """A bounded buffer between the run's loop and a consumer thread."""
 
+    keeps = True
+
     def __init__(self, capacity: int, *, tally: bool = False) -> None:
         self.counters = Counters("output", capacity=capacity)
         self.tallied = 0
@@ -60,6 +62,15 @@ class BridgeSink:
     def put_nowait(self, item: Any) -> None:
         self._up.emitted += 1
         self._items.append(item)
+        if self._consumer_waits:
+            self._ring()
+
+    def put_count(self, number: int) -> None:
+        raise AssertionError("an iteration needs the items themselves")
+
+    def put_many(self, items: list[Any]) -> None:
+        self._up.emitted += len(items)
+        self._items.extend(items)
         if self._consumer_waits:
             self._ring()
 

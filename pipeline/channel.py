@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Collection
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, cast
 
+from .lot import Lot, Meter
 from .metrics import Counters
 
 __all__ = ["EMPTY", "Channel"]
@@ -41,6 +43,8 @@ class Channel:
 
     Items are `Any` here: the types of a chain are checked where it is declared.
     """
+
+    keeps = True
 
     __slots__ = ("_getters", "_items", "_loop", "_putters", "aborted", "capacity", "down", "finished", "reserved", "up")
 
@@ -79,6 +83,17 @@ class Channel:
         """Add one item. The caller has seen `room() > 0`."""
         self._items.append(item)
         self.up.emitted += 1
+        if self._getters:
+            self._wake(self._getters)
+
+    def put_count(self, number: int) -> None:
+        """A channel keeps its items; see `Outlet.keeps`."""
+        raise AssertionError("a channel needs the items themselves")
+
+    def put_many(self, items: list[Any]) -> None:
+        """Add items at once. The caller has seen that much room."""
+        self._items.extend(items)
+        self.up.emitted += len(items)
         if self._getters:
             self._wake(self._getters)
 
@@ -125,6 +140,30 @@ class Channel:
         if self._putters:
             self._offer_room()
         return item
+
+    def lot(self, limit: int) -> Lot | None:
+        """Take up to `limit` items at once, for a synchronous loop; None when there are none. `close_lot` ends it."""
+        items = self._items
+        if not items:
+            return None
+        batch: Collection[Any]
+        if len(items) <= limit:
+            batch, self._items = items, deque()
+        else:
+            batch = [items.popleft() for _ in range(limit)]
+        iterator = iter(batch)
+        return Lot(iterator, cast("Meter", iterator), batch)
+
+    def close_lot(self, lot: Lot) -> None:
+        """Count what was taken, and put the rest back in front."""
+        taken, rest = lot.taken, list(lot.items)
+        self.down.received += taken
+        if self.aborted:
+            self.down.discarded += len(rest)
+        else:
+            self._items.extendleft(reversed(rest))
+        if self._putters:
+            self._offer_room()
 
     async def wait_items(self) -> bool:
         """Wait until there is something to take; False at the end of the stream."""

@@ -12,6 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from .assembly import Assembly, Link, Sink
+from .cancellation.fence import get_current_reasons, pop_reasons, push_reasons
 from .cancellation.reason import CancelReason, CancelType
 from .metrics import Ledger, violations
 from .observe.logs import get_logger
@@ -65,10 +66,13 @@ class Run:
             raise
         if self._log:
             self._logger().info("pipeline started", stages=[seat.name for seat in runtime.assembly.seats])
-        runtime.supervisor = self._supervisor = runtime.start_task(self._oversee(runtime.assembly), name="supervisor")
-        if runtime.requests:
-            runtime.assembly.abort()
-        runtime.assembly.start()
+        # Tasks and threads copy the context in which they are started: code deep inside a handler can ask for the reasons.
+        token = push_reasons(lambda: runtime.reasons)
+        try:
+            runtime.supervisor = self._supervisor = runtime.start_task(self._oversee(runtime.assembly), name="supervisor")
+            runtime.assembly.start()
+        finally:
+            pop_reasons(token)
         if runtime.requests:
             runtime.abort_now()
 
@@ -92,9 +96,13 @@ class Run:
 
     def parent_cancelled(self) -> None:
         """The task that waits for this run was cancelled: abort, or kill when it is not the first time."""
-        again = any(request.reason.code == "parent_cancelled" for request in self.runtime.requests)
+        runtime = self.runtime
+        again = any(request.reason.code == "parent_cancelled" for request in runtime.requests)
+        for reason in get_current_reasons():  # of the scopes around the waiting task: they know why
+            if reason not in runtime.reasons:
+                runtime.request_stop(StopRequest(reason, StopLevel.ABORT))
         reason = CancelReason("the task that awaits the pipeline was cancelled", CancelType.PARENT, code="parent_cancelled")
-        self.runtime.request_stop(StopRequest(reason, StopLevel.KILL if again else StopLevel.ABORT))
+        runtime.request_stop(StopRequest(reason, StopLevel.KILL if again else StopLevel.ABORT))
 
     # --- triggers
 

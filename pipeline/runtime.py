@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextvars
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
@@ -98,6 +99,9 @@ class PipelineRuntime:
         self.ended: float | None = None
         self.closed: concurrent.futures.Future[RunReport | Err] = concurrent.futures.Future()
         self._requests: list[StopRequest] = []
+        self.stop_flag: Sequence[object] = self._requests
+        """True as soon as anything asks to stop: for loops that look at it for every item."""
+        self._cancelled = False
         self._floor = StopLevel.NONE
         self._groups: dict[asyncio.Task[Any], int] = {}
         self._process_ends: dict[ProcessLike, Callable[[], None] | None] = {}
@@ -141,7 +145,7 @@ class PipelineRuntime:
     @property
     def cancelled(self) -> bool:
         """Whether handlers should stop by themselves: true from an abort on, not while draining."""
-        return self.level >= StopLevel.ABORT
+        return self._cancelled
 
     @property
     def elapsed(self) -> float:
@@ -156,6 +160,8 @@ class PipelineRuntime:
             return False
         requests = self._requests
         requests.append(request)
+        if request.level >= StopLevel.ABORT:
+            self._cancelled = True
         before = max((r.level for r in requests[: requests.index(request)]), default=StopLevel.NONE)
         self._notify()
         return request.level > max(before, self._floor)
@@ -202,7 +208,8 @@ class PipelineRuntime:
         """
         if host:
             target = partial(self._host_main, target)
-        thread = threading.Thread(target=self._thread_main, args=(target,), name=f"{self.name}/{name}", daemon=True)
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(self._thread_main, target), name=f"{self.name}/{name}", daemon=True)
         self.threads.add(thread)
         self._host = thread if host else self._host
         try:
@@ -303,7 +310,8 @@ class PipelineRuntime:
     def escalate(self, level: StopLevel) -> None:
         """Patience is over: the supervisor's own step up. On the loop."""
         self._floor = max(self._floor, level)
-        if self.cancelled:
+        if level >= StopLevel.ABORT:
+            self._cancelled = True
             self.abort_now()
 
     def abort_now(self) -> None:

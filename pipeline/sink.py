@@ -24,6 +24,7 @@ class DiscardingSink:
         self.counters = Counters("output")
         self.tallied = 0
         self.closed = False
+        self.keeps = tally
         self._tally = tally
 
     def connect(self, up: Counters, runtime: PipelineRuntime) -> None:
@@ -42,6 +43,15 @@ class DiscardingSink:
         self.counters.received += 1
         if self._tally:
             self.tallied += length_of(item)
+
+    def put_count(self, number: int) -> None:
+        self._up.emitted += number
+        self.counters.received += number
+
+    def put_many(self, items: list[Any]) -> None:
+        self.put_count(len(items))
+        if self._tally:
+            self.tallied += sum(map(length_of, items))
 
     async def wait_room(self) -> bool:
         return not self.closed
@@ -67,15 +77,22 @@ class CollectingSink(DiscardingSink):
 
     def __init__(self, *, tally: bool = False) -> None:
         super().__init__(tally=tally)
+        self.keeps = True
         self.items: list[Any] = []
 
     def put_nowait(self, item: Any) -> None:
         super().put_nowait(item)
         self.items.append(item)
 
+    def put_many(self, items: list[Any]) -> None:
+        super().put_many(items)
+        self.items += items
+
 
 class BufferSink:
     """A bounded buffer that an iteration on the same loop takes from."""
+
+    keeps = True
 
     def __init__(self, capacity: int, *, tally: bool = False) -> None:
         self.counters = Counters("output", capacity=capacity)
@@ -90,6 +107,8 @@ class BufferSink:
         self._channel = Channel(self._capacity, up, self.counters, runtime.loop)
         self.room = self._channel.room
         self.put_nowait = self._channel.put_nowait
+        self.put_many = self._channel.put_many
+        self.put_count = self._channel.put_count
         self.wait_room = self._channel.wait_room
         self.put = self._channel.put
 

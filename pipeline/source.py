@@ -23,6 +23,7 @@ from typing import Any, Protocol, cast
 from aiostream.core import BaseStream, Streamer, streamcontext
 
 from .channel import EMPTY, Channel
+from .lot import Lot, Meter
 from .metrics import Counters
 from .protocols import Inlet
 from .result import Err
@@ -38,6 +39,9 @@ _PROMPT_TYPES: frozenset[type] = frozenset(
     | {type(reversed([])), type(reversed({})), itertools.count, itertools.repeat}
 )
 """Exact types whose `next()` computes and never waits. Anything else may wait, subclasses included."""
+
+_EXACT_ITERATORS: frozenset[type] = frozenset(type(iter(example)) for example in (range(0), "", "ä", b""))
+"""Iterators over what cannot change, nor hold an error: how far they got can be read off their `__length_hint__`."""
 
 
 class Feed(Protocol):
@@ -119,7 +123,7 @@ class Source:
         self._used = True
         origin = self._origin
         if type(origin) in _PROMPT_TYPES:
-            return PromptFeed(iter(origin), runtime, up, down)
+            return PromptFeed(origin, runtime, up, down)
         assert runtime.loop is not None
         channel = Channel(capacity, up, down, runtime.loop)
         return WaitingFeed(origin, runtime, channel)
@@ -136,8 +140,11 @@ def _is_finished(origin: Any) -> bool:
 class PromptFeed:
     """Reads an iterator in place, when an item is asked for: no task, no queue. It is an inlet itself."""
 
-    def __init__(self, iterator: Iterator[Any], runtime: PipelineRuntime, up: Counters, down: Counters) -> None:
-        self._next = iterator.__next__
+    def __init__(self, origin: Any, runtime: PipelineRuntime, up: Counters, down: Counters) -> None:
+        self._iterator: Iterator[Any] = iter(origin)
+        self._direct = type(self._iterator) in _EXACT_ITERATORS
+        self._ahead: deque[Any] = deque()
+        """Items of a lot that were not taken after all; only for iterators that cannot be read in place."""
         self._runtime = runtime
         self._up = up
         self._down = down
@@ -155,17 +162,49 @@ class PromptFeed:
         if self.ended:
             return EMPTY
         try:
-            item = self._next()
+            item = self._ahead.popleft() if self._ahead else next(self._iterator)
         except StopIteration:
             self.ended = True
             return EMPTY
-        except Exception as error:  # a collection that changed while it was iterated
-            self.ended = True
-            self._runtime.fail(Err.of(error, stage="source"), origin="source", code="source_error")
+        except Exception as error:
+            self._failed(error)
             return EMPTY
         self._up.emitted += 1
         self._down.received += 1
         return item
+
+    def lot(self, limit: int) -> Lot | None:
+        """Up to `limit` items for a synchronous loop; None at the end."""
+        if self.ended:
+            return None
+        if self._direct:
+            return Lot(itertools.islice(self._iterator, limit), cast("Meter", self._iterator))
+        ahead = self._ahead
+        try:
+            ahead.extend(itertools.islice(self._iterator, max(limit - len(ahead), 0)))
+        except Exception as error:
+            self._failed(error)
+        self.ended = not ahead
+        iterator = iter(ahead)
+        return Lot(iterator, cast("Meter", iterator), ahead) if ahead else None
+
+    def close_lot(self, lot: Lot) -> None:
+        """Count what was taken; the rest is still the iterator's."""
+        taken = lot.taken
+        self._up.emitted += taken
+        self._down.received += taken
+        if self._direct:
+            self.ended = self.ended or not lot.left
+        elif taken == len(self._ahead):
+            self._ahead.clear()
+        else:
+            for _ in range(taken):
+                self._ahead.popleft()
+
+    def _failed(self, error: Exception) -> None:
+        # A collection that changed while it was iterated.
+        self.ended = True
+        self._runtime.fail(Err.of(error, stage="source"), origin="source", code="source_error")
 
     async def wait_items(self) -> bool:
         return not self.ended
@@ -179,7 +218,7 @@ class PromptFeed:
     abort = stop
 
     def settle(self) -> None:
-        pass
+        """What was read ahead was not pulled as far as anyone can tell: the collection is still there."""
 
 
 class WaitingFeed:

@@ -1,12 +1,12 @@
 """Neighbouring plain functions in the loop, run as one: an item goes through all of them before the next is taken.
 
 The rule kept here: fused stages keep their own counts, policies and places to stop, as if there were a channel between
-them; only the channel, its task and its wake-ups are saved.
+them; only the channel, its task and its wake-ups are saved. Items run in bursts (see `burst`); whatever is not an
+ordinary output (an error, a skip, a coroutine) leaves the burst and is finished by hand.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
@@ -19,13 +19,22 @@ from pipeline.result import Err
 from workers.base import HandlerKind, WorkerState
 from workers.loop import LoopPerformer
 
-from .control import SKIP, KillSwitch, Last
+from .burst import compile_burst, failed_step, only_computes
+from .control import SKIP, KillSwitch, Last, Skip
 from .desk import LAG, Desk
 
 __all__ = ["ChainNode"]
 
-_SAMPLE = 64
-"""So many first items are timed one by one, then one in so many."""
+_SAMPLE = 1024
+"""Items between two that are timed one by one; slow ones are all timed."""
+_BURST = 1024
+"""Items in one burst, at most."""
+_SHORT, _LONG = 0.0001, 0.00025
+"""Seconds: a burst that takes less may grow, one that takes more shrinks."""
+_KNOWN_LIMIT = 64
+"""Types of outputs remembered: a program has few, unless it makes classes as it goes."""
+
+_SPECIAL = (Err, KillSwitch, Last, Skip)
 
 
 class _Step:
@@ -41,9 +50,15 @@ class _Step:
         self.counters: Counters = seat.counters
         self.desk = Desk(seat, seat.stage.rule(seat.default_policy), wires, cut)
 
+    def clock(self, seconds: float, weight: int = 1) -> None:
+        """Note how long a call took, for so many items; say so when it held the loop for too long."""
+        self.counters.latency.add(seconds, weight)
+        if seconds > LAG:
+            self.desk.lagged(seconds)
+
 
 class _Unusual:
-    """What the fast path leaves to the thorough one: an item whose step did not simply return an output."""
+    """What is left to finish by hand: step `index` was called with `item`, and this came of it; -1: not called yet."""
 
     __slots__ = ("error", "index", "item", "result")
 
@@ -54,20 +69,23 @@ class _Unusual:
         self.error = error
 
 
-_SPECIAL = (Err, KillSwitch, Last)
-
-
 class ChainNode:
     """A row of fused stages in one run."""
 
     def __init__(self, seats: Sequence[Seat], wires: Wires) -> None:
         self._wires = wires
         self._steps = [_Step(seat, wires, seats[-1].index) for seat in seats]
-        self._one_to_one = not any(step.many for step in self._steps)
+        self._bursts = not any(step.many for step in self._steps)
+        self._calls = [step.call for step in self._steps]
+        self._trusted = tuple(only_computes(call) for call in self._calls)
+        self._loop = compile_burst(self._trusted, wires.outlet.keeps)
+        self._known: set[type] = set()
+        self._size = 1
+        self._untimed = 0
+        """Items since the last that was timed by itself."""
+        self._careful = 0
+        """So many of the next items have an error of an earlier stage among them."""
         self._ended = False
-        self._count = 0
-        self._timed = _SAMPLE
-        """Items to time from here on, each for itself."""
 
     async def run(self) -> None:
         opened: list[_Step] = []
@@ -96,83 +114,161 @@ class ChainNode:
         inlet, outlet, runtime = self._wires.inlet, self._wires.outlet, self._wires.runtime
         pace = Pacer()
         while not self._ended and not runtime.cancelled:
-            if outlet.room() <= 0:
+            room = outlet.room()
+            if room <= 0:
                 if not await outlet.wait_room():
                     return
                 pace.restart()
-            item = inlet.pop()
-            if item is EMPTY:
+                continue
+            if self._bursts and self._size > 1 and self._untimed < _SAMPLE and not self._careful:
+                some, unusual = self._burst(min(room, self._size))
+            else:
+                some, unusual = self._single(inlet.pop())
+            if unusual is not None:
+                await self._treat(unusual)
+            elif not some:
                 if not await inlet.wait_items():
                     return
                 pace.restart()
                 continue
-            if self._one_to_one and type(item) is not Err:
-                unusual = self._pass_timed(item) if self._is_timed() else self._pass(item)
-                if unusual is not None:
-                    await self._treat(unusual)
-            else:
-                await self._flow(item, 0)
             if pace.due():
-                if pace.overrun > LAG:
-                    self._timed = _SAMPLE  # somebody holds the loop: find out who
                 await pace.rest()
 
-    # --- the fast path: one output each, synchronous
+    # --- one item, timed
 
-    def _pass(self, value: Any) -> _Unusual | None:
-        """Take one item through all steps; None when it has left."""
+    def _single(self, item: Any) -> tuple[bool, _Unusual | None]:
+        """Take one item through all steps, with a clock; what is not plain is left to the thorough path."""
+        if item is EMPTY:
+            return False, None
+        self._careful = max(self._careful - 1, 0)
+        if not self._bursts or isinstance(item, Err):
+            return True, _Unusual(-1, item, None, None)
+        weight, self._untimed = max(self._untimed, 1), 0
+        began = perf_counter()
         up: Counters | None = None
+        value = item
         for index, step in enumerate(self._steps):
             counters = step.counters
             if up is not None:
                 up.emitted += 1
                 up.succeeded += 1
                 counters.received += 1
+            started = perf_counter()
             try:
-                result = step.call(value)
-            except Exception as error:
-                return _Unusual(index, value, None, error)
-            if result is SKIP or isinstance(result, _SPECIAL) or hasattr(result, "__await__"):
-                return _Unusual(index, value, result, None)
+                result, error = step.call(value), None
+            except Exception as caught:
+                result, error = None, caught
+            step.clock(perf_counter() - started, weight)
+            if error is not None or not self._is_plain(result):
+                return True, _Unusual(index, value, result, error)
             value, up = result, counters
         self._wires.outlet.put_nowait(value)
         assert up is not None
         up.succeeded += 1
-        return None
+        self._adapt(1, perf_counter() - began)
+        return True, None
 
-    def _pass_timed(self, value: Any) -> _Unusual | None:
-        """The same, with a clock around every step."""
-        steps, original = self._steps, [step.call for step in self._steps]
-        weight = 1 if self._timed >= 0 else _SAMPLE
+    def _is_plain(self, result: Any) -> bool:
+        """Whether a result is an output; its type is remembered, so that the next one costs a look-up."""
+        kind = type(result)
+        if kind in self._known:
+            return True
+        if issubclass(kind, _SPECIAL) or hasattr(kind, "__await__"):
+            return False
+        if len(self._known) >= _KNOWN_LIMIT:
+            self._known.clear()
+        self._known.add(kind)
+        return True
+
+    # --- many items, timed as one
+
+    def _burst(self, limit: int) -> tuple[bool, _Unusual | None]:
+        """Run the written-out loop over up to `limit` items, then book them."""
+        inlet, steps = self._wires.inlet, self._steps
+        lot = inlet.lot(limit)
+        if lot is None:
+            return False, None
+        if lot.batch is not None and Err in map(type, lot.batch):
+            self._careful = len(lot.batch)
+            inlet.close_lot(lot)
+            return True, None
+        outputs: list[Any] = []
+        skipped = [0] * len(steps)
+        stopped: tuple[int, Any, Any] | None = None
+        error: Exception | None = None
+        began = perf_counter()
         try:
-            for step in steps:
-                step.call = _timed(step, step.call, weight)
-            return self._pass(value)
+            stopped = self._loop(
+                lot.items, outputs.append, self._wires.runtime.stop_flag, self._known, SKIP, skipped, *self._calls
+            )
+        except Exception as caught:
+            place = failed_step(caught, self._trusted)
+            if place is None:
+                raise  # not a step's: the loop itself is at fault
+            error, stopped = caught, (*place, None)
         finally:
-            for step, call in zip(steps, original, strict=True):
-                step.call = call
+            seconds = perf_counter() - began
+            taken = lot.taken
+            inlet.close_lot(lot)
+            self._book(taken, skipped, stopped[0] if stopped else None, outputs)
+        self._adapt(taken, seconds)
+        self._untimed += taken
+        if seconds > LAG:
+            self._lagged(seconds)
+        if stopped is None:
+            return taken > 0, None
+        index, value, result = stopped
+        if error is None:
+            self._is_plain(result)  # if it is, the next one of its type stays in the burst
+        return True, _Unusual(index, value, result, error)
 
-    def _is_timed(self) -> bool:
-        self._count += 1
-        if self._timed > 0:
-            self._timed -= 1
-            return True
-        if self._count % _SAMPLE == 0:
-            self._timed = -1  # one item that stands for many
-            return True
-        self._timed = 0
-        return False
+    def _lagged(self, seconds: float) -> None:
+        """Somebody held the loop in the middle of a burst; the next items are timed one by one and tell who."""
+        if len(self._steps) == 1:
+            self._steps[0].desk.lagged(seconds)
+        else:
+            self._steps[-1].desk.lagged(seconds, among=[step.desk.name for step in self._steps])
+
+    def _book(self, taken: int, skipped: list[int], stopped: int | None, outputs: list[Any]) -> None:
+        """Count a burst: upstream first, so that no reading sees an item received that was not emitted."""
+        last = len(self._steps) - 1
+        through = taken
+        for index, step in enumerate(self._steps):
+            counters = step.counters
+            if index:
+                counters.received += through
+            through -= skipped[index]
+            if stopped == index:
+                through -= 1
+            counters.succeeded += through + skipped[index]
+            counters.skipped += skipped[index]
+            if index < last:
+                counters.emitted += through
+        if self._wires.outlet.keeps:
+            self._wires.outlet.put_many(outputs)
+        else:
+            self._wires.outlet.put_count(through)
+
+    def _adapt(self, taken: int, seconds: float) -> None:
+        """Bursts grow while they are short, and shrink to single, timed items when they are not."""
+        if seconds < _SHORT:
+            if taken >= self._size and self._size < _BURST:
+                self._size *= 2
+        elif seconds > _LONG and self._size > 1:
+            self._size = max(1, int(self._size * _LONG / seconds))
 
     # --- the thorough path: errors, skips, generators
 
     async def _treat(self, unusual: _Unusual) -> None:
-        """Finish what the fast path has left."""
-        index, item = unusual.index, unusual.item
+        """Finish one item that has left the fast path."""
+        index, item, result = unusual.index, unusual.item, unusual.result
+        if index < 0:
+            await self._flow(item, 0)
+            return
         desk, emit = self._steps[index].desk, self._emitter(index)
         if unusual.error is not None:
             await desk.failed(Err.of(unusual.error, item=item, stage=desk.name), emit)
             return
-        result = unusual.result
         if hasattr(result, "__await__"):
             try:
                 result = await result
@@ -187,18 +283,17 @@ class ChainNode:
     async def _flow(self, value: Any, index: int) -> bool:
         """Take one item, already received by step `index`, from there on; False when nobody takes outputs any more."""
         step = self._steps[index]
-        desk, emit = step.desk, self._emitter(index)
         if isinstance(value, Err):
-            await desk.pass_on(value, emit)
+            await step.desk.pass_on(value, self._emitter(index))
         elif step.many:
-            await self._flow_many(value, step, emit)
+            await self._flow_many(value, step, self._emitter(index))
         else:
             began = perf_counter()
             try:
                 result, error = step.call(value), None
             except Exception as caught:
                 result, error = None, caught
-            self._clock(step, perf_counter() - began)
+            step.clock(perf_counter() - began)
             await self._treat(_Unusual(index, value, result, error))
         return not self._wires.outlet.closed
 
@@ -235,7 +330,7 @@ class ChainNode:
             failure = Err.of(error, item=value, stage=desk.name)
         finally:
             generator.close()
-        self._clock(step, seconds)
+        step.clock(seconds)
         if failure is not None:
             await desk.failed(failure, emit)
         elif not self._wires.runtime.cancelled:
@@ -253,22 +348,3 @@ class ChainNode:
             return await self._flow(output, index + 1)
 
         return into_next
-
-    def _clock(self, step: _Step, seconds: float) -> None:
-        step.counters.latency.add(seconds)
-        if seconds > LAG and not inspect.iscoroutinefunction(step.call):
-            step.desk.lagged(seconds)
-
-
-def _timed(step: _Step, call: Callable[[Any], Any], weight: int) -> Callable[[Any], Any]:
-    def timed(value: Any) -> Any:
-        began = perf_counter()
-        try:
-            return call(value)
-        finally:
-            seconds = perf_counter() - began
-            step.counters.latency.add(seconds, weight)
-            if seconds > LAG:
-                step.desk.lagged(seconds)
-
-    return timed

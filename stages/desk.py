@@ -8,7 +8,7 @@ its whole, so that no reading in another thread sees more parts than whole.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from pipeline.cancellation.reason import CancelReason, CancelType
@@ -158,11 +158,12 @@ class Desk:
         level = "error" if self.rule.policy is ErrorPolicy.RAISE else "warning"
         self._failures.emit(level, "item failed", policy=self.rule.policy.name, attempts=err.attempts, error=describe(err.value))
 
-    def lagged(self, seconds: float) -> None:
-        """A plain function has held the loop for too long: say which, and what to do."""
+    def lagged(self, seconds: float, *, among: Sequence[str] = ()) -> None:
+        """A plain function has held the loop for too long: say which (or that it was one of these), and what to do."""
         self._lags.emit(
             "warning",
             "a plain function blocks the event loop",
             seconds=round(seconds, 3),
             advice='declare the stage with run_in="thread", or run_in="process" if it computes',
+            **({"among": list(among)} if among else {}),
         )

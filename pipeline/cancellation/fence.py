@@ -53,7 +53,6 @@ class Fence:
         self._task: asyncio.Task[Any] | None = None  # Any: the result of the task is no business of ours
         self._task_name = ""
         self._baseline = 0  # requests that were in the counter before us
-        self._asked = False
         self._pending: asyncio.Handle | None = None
         self._delivered = False
         self._link: _Link | None = None
@@ -142,9 +141,8 @@ class Fence:
         body and on top of it. The callback is queued before the body's next wake-up, so it is not late.
         """
         loop = self._loop
-        if loop is None or self._asked:
+        if loop is None or self._pending is not None:
             return  # not entered yet, and `__enter__` will ask; or left; or asked already
-        self._asked = True
         with suppress(RuntimeError):  # the loop was closed under us: there is no next await to interrupt
             self._pending = loop.call_soon_threadsafe(self._deliver)
 

@@ -1,0 +1,40 @@
+"""A lot: several items taken from an inlet at once, for a loop that counts nothing.
+
+The rule kept here: how many were taken is read off the iterator itself, so it is exact wherever the loop stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any, Protocol
+
+__all__ = ["Lot", "Meter"]
+
+
+class Meter(Protocol):
+    """An iterator that knows exactly how many items it still has, as those of the built-in collections do."""
+
+    def __length_hint__(self) -> int: ...
+
+
+class Lot:
+    """Items to iterate over. What is not iterated stays where it came from; the inlet's `close_lot` sees to that."""
+
+    __slots__ = ("_meter", "_start", "batch", "items")
+
+    def __init__(self, items: Iterator[Any], meter: Meter, batch: Collection[Any] | None = None) -> None:
+        self.items = items
+        self.batch = batch
+        """The items as a collection; None when they come from where there cannot be an error among them."""
+        self._meter = meter
+        self._start = meter.__length_hint__()
+
+    @property
+    def taken(self) -> int:
+        """How many items have been iterated over."""
+        return self._start - self._meter.__length_hint__()
+
+    @property
+    def left(self) -> int:
+        """How many the underlying iterator still has."""
+        return self._meter.__length_hint__()
