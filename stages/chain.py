@@ -20,7 +20,7 @@ from workers.base import HandlerKind, WorkerState
 from workers.loop import LoopPerformer
 
 from .burst import compile_burst, failed_step, only_computes
-from .control import SKIP, KillSwitch, Last, Skip
+from .control import SKIP, KillSwitch, Last, PlainTypes
 from .desk import LAG, Desk
 
 __all__ = ["ChainNode"]
@@ -31,10 +31,6 @@ _BURST = 1024
 """Items in one burst, at most."""
 _SHORT, _LONG = 0.0001, 0.00025
 """Seconds: a burst that takes less may grow, one that takes more shrinks."""
-_KNOWN_LIMIT = 64
-"""Types of outputs remembered: a program has few, unless it makes classes as it goes."""
-
-_SPECIAL = (Err, KillSwitch, Last, Skip)
 
 
 class _Step:
@@ -79,7 +75,7 @@ class ChainNode:
         self._calls = [step.call for step in self._steps]
         self._trusted = tuple(only_computes(call) for call in self._calls)
         self._loop = compile_burst(self._trusted, wires.outlet.keeps)
-        self._known: set[type] = set()
+        self._plain = PlainTypes()
         self._size = 1
         self._untimed = 0
         """Items since the last that was timed by itself."""
@@ -159,7 +155,7 @@ class ChainNode:
             except Exception as caught:
                 result, error = None, caught
             step.clock(perf_counter() - started, weight)
-            if error is not None or not self._is_plain(result):
+            if error is not None or not self._plain.has(result):
                 return True, _Unusual(index, value, result, error)
             value, up = result, counters
         self._wires.outlet.put_nowait(value)
@@ -167,18 +163,6 @@ class ChainNode:
         up.succeeded += 1
         self._adapt(1, perf_counter() - began)
         return True, None
-
-    def _is_plain(self, result: Any) -> bool:
-        """Whether a result is an output; its type is remembered, so that the next one costs a look-up."""
-        kind = type(result)
-        if kind in self._known:
-            return True
-        if issubclass(kind, _SPECIAL) or hasattr(kind, "__await__"):
-            return False
-        if len(self._known) >= _KNOWN_LIMIT:
-            self._known.clear()
-        self._known.add(kind)
-        return True
 
     # --- many items, timed as one
 
@@ -199,7 +183,7 @@ class ChainNode:
         began = perf_counter()
         try:
             stopped = self._loop(
-                lot.items, outputs.append, self._wires.runtime.stop_flag, self._known, SKIP, skipped, *self._calls
+                lot.items, outputs.append, self._wires.runtime.stop_flag, self._plain.known, SKIP, skipped, *self._calls
             )
         except Exception as caught:
             place = failed_step(caught, self._trusted)
@@ -219,7 +203,7 @@ class ChainNode:
             return taken > 0, None
         index, value, result = stopped
         if error is None:
-            self._is_plain(result)  # if it is, the next one of its type stays in the burst
+            self._plain.has(result)  # if it is, the next one of its type stays in the burst
         return True, _Unusual(index, value, result, error)
 
     def _lagged(self, seconds: float) -> None:

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
-__all__ = ["SKIP", "KillSwitch", "Last", "Skip"]
+from pipeline.result import Err
+
+__all__ = ["SKIP", "KillSwitch", "Last", "PlainTypes", "Skip"]
+
+_KNOWN_LIMIT = 64
+"""Types remembered: a program's outputs have few, unless it makes classes as it goes."""
 
 
 class Skip(Enum):
@@ -34,3 +39,27 @@ class Last:
     """Return this from an operator to emit `value` and end the stage's input: the stages before it are let go."""
 
     value: Any
+
+
+_SPECIAL = (Err, KillSwitch, Last, Skip)
+
+
+class PlainTypes:
+    """Tells outputs from what has a meaning of its own: a look-up, once an output's type has been seen."""
+
+    __slots__ = ("known",)
+
+    def __init__(self) -> None:
+        self.known: set[type] = set()
+
+    def has(self, result: Any) -> bool:
+        """Whether a result is an ordinary output: not `SKIP`, an `Err`, a `KillSwitch`, nor anything to await."""
+        kind = type(result)
+        if kind in self.known:
+            return True
+        if issubclass(kind, _SPECIAL) or hasattr(kind, "__await__"):
+            return False
+        if len(self.known) >= _KNOWN_LIMIT:
+            self.known.clear()
+        self.known.add(kind)
+        return True

@@ -16,7 +16,7 @@ from pipeline.protocols import Seat, Wires
 from pipeline.result import Err
 from workers.base import HandlerKind, Outcome, WorkerState
 from workers.loop import LoopPerformer
-from workers.pooled import PARTIAL_LIMIT, Job
+from workers.pooled import DONE, PARTIAL_LIMIT, Job
 
 from .control import SKIP, KillSwitch
 from .desk import LAG, Desk
@@ -98,6 +98,7 @@ class CrewNode:
 
     async def _take_items(self, performer: LoopPerformer) -> None:
         inlet, outlet, desk = self._wires.inlet, self._wires.outlet, self._desk
+        counters, plain = desk.counters, desk.plain
         watch = _Watch(performer, desk)
         pace = Pacer()
         shared = len(self._handlers) > 1
@@ -111,33 +112,36 @@ class CrewNode:
             self._hire_for_more()
             if isinstance(item, Err):
                 await desk.pass_on(item, outlet.put)
-            elif performer.simple:
-                await self._one(performer, item, watch)
-            else:
+            elif not performer.simple:
                 await self._thorough(performer, item)
+            else:
+                # One call, one value: the common case, without the machinery of attempts.
+                began = watch.begin()
+                try:
+                    result = performer.call(item)
+                    if watch.awaits(result):
+                        result = await result
+                except asyncio.CancelledError as error:
+                    await self._made_up(error, item)
+                except Exception as error:
+                    watch.end(began)
+                    await desk.failed(Err.of(error, item=item, stage=desk.name), outlet.put)
+                else:
+                    watch.end(began)
+                    if plain.has(result) and outlet.room() > 0:
+                        outlet.put_nowait(result)
+                        counters.succeeded += 1
+                    else:
+                        await desk.settle(item, result, 1, outlet.put)
             if shared or pace.due():
                 await pace.rest()
 
-    async def _one(self, performer: LoopPerformer, item: Any, watch: _Watch) -> None:
-        """One call, one value: the common case, without the machinery of attempts."""
-        desk, outlet = self._desk, self._wires.outlet
-        began = watch.begin()
-        try:
-            result = performer.call(item)
-            if watch.awaits(result):
-                result = await result
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            await desk.failed(Err.of(error, item=item, stage=desk.name), outlet.put)
-            return
-        except Exception as error:
-            watch.end(began)
-            await desk.failed(Err.of(error, item=item, stage=desk.name), outlet.put)
-            return
-        watch.end(began)
-        await desk.settle(item, result, 1, outlet.put)
+    async def _made_up(self, error: asyncio.CancelledError, item: Any) -> None:
+        """A cancellation that nobody asked for is the handler's failure; any other goes on."""
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise error
+        await self._desk.failed(Err.of(error, item=item, stage=self._desk.name), self._wires.outlet.put)
 
     async def _thorough(self, performer: LoopPerformer, item: Any) -> None:
         """Retries, timeouts, generators."""
@@ -173,11 +177,13 @@ class CrewNode:
 
     async def _take_in_order(self, performer: LoopPerformer, line: Line) -> None:
         inlet, outlet = self._wires.inlet, self._wires.outlet
+        watch = _Watch(performer, self._desk)
         pace = Pacer()
         while not outlet.closed:
-            while line.outstanding >= self._limit or (line.waiting and line.waiting >= self._seat.stage.capacity):
+            if self._is_full(line):
                 self._room.clear()
                 await self._room.wait()  # bounded by the stop, which cancels this task
+                continue
             item = inlet.pop()
             if item is EMPTY:
                 if not await inlet.wait_items():
@@ -188,19 +194,40 @@ class CrewNode:
             line.add(job)
             self._hire_for_more()
             if isinstance(item, Err):
-                job.passing = True
-                job.outcome = Outcome(item)
+                job.passing, job.value, job.outcome = True, item, DONE
+            elif performer.simple:
+                await self._perform_simply(job, performer, watch)
             else:
                 job.outcome = await self._perform_for(job, performer, line)
             line.news(job)
             if pace.due():
                 await pace.rest()
 
+    def _is_full(self, line: Line) -> bool:
+        return line.outstanding >= self._limit or 0 < line.waiting >= self._seat.stage.capacity
+
+    async def _perform_simply(self, job: Job, performer: LoopPerformer, watch: _Watch) -> None:
+        began = watch.begin()
+        try:
+            result = performer.call(job.item)
+            if watch.awaits(result):
+                result = await result
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            job.outcome = _failure(error)
+        except Exception as error:
+            job.outcome = _failure(error)
+        else:
+            job.value, job.outcome = result, DONE
+        watch.end(began)
+
     async def _perform_for(self, job: Job, performer: LoopPerformer, line: Line) -> Outcome:
         left = asyncio.Event()
 
         async def send(output: Any) -> bool:
-            job.outputs.append(output)
+            job.add_output(output)
             line.news(job)
             while len(job.outputs) >= PARTIAL_LIMIT:
                 left.clear()
@@ -213,6 +240,10 @@ class CrewNode:
         if outcome.error is not None:
             outcome.trace = Err.of(outcome.error).trace
         return outcome
+
+
+def _failure(error: BaseException) -> Outcome:
+    return Outcome(error=error, trace=Err.of(error).trace)
 
 
 class _Watch:

@@ -19,7 +19,7 @@ from pipeline.protocols import Seat, Wires
 from pipeline.result import Err
 from pipeline.runtime import StopLevel, StopRequest, describe
 
-from .control import SKIP, KillSwitch
+from .control import SKIP, KillSwitch, PlainTypes
 
 __all__ = ["Desk", "Emit"]
 
@@ -33,12 +33,13 @@ LAG = 0.1
 class Desk:
     """Books the items of one stage. Owned by its node; all methods on the run's loop."""
 
-    __slots__ = ("_failures", "_lags", "_last", "_runtime", "_wires", "counters", "cut", "name", "rule")
+    __slots__ = ("_failures", "_lags", "_last", "_runtime", "_wires", "counters", "cut", "name", "plain", "rule")
 
     def __init__(self, seat: Seat, rule: FailureRule, wires: Wires, cut: int) -> None:
         self.name = seat.name
         self.counters = seat.counters
         self.rule = rule
+        self.plain = PlainTypes()
         self.cut = cut
         """The index up to which to stop when this stage fails: its own, or the last one of its fused neighbours."""
         self._wires = wires

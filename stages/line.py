@@ -1,7 +1,9 @@
 """The line in which finished items wait to leave a stage: in the input's order, or as they come.
 
-The rule kept here: one coroutine, `run`, settles items, one at a time, so that outputs, policies and counts of an
-ordered stage follow the input. A slow item holds the line; the workers go on behind it until the line is full.
+The rule kept here: items are settled one at a time, so that outputs, policies and counts of an ordered stage follow the
+input. An ordinary output leaves at once, without a task switch, when it is its turn and there is room; everything else
+(an error, a full channel, a generator) is left to the one coroutine `run`. A slow item holds the line; the workers go
+on behind it until the line is full.
 """
 
 from __future__ import annotations
@@ -9,11 +11,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from pipeline.protocols import Inlet, Outlet
 from pipeline.result import Err
 from workers.base import Outcome
-from workers.pooled import Job
+from workers.pooled import DONE, Job
 
 from .control import SKIP, KillSwitch
 from .desk import Desk
@@ -31,9 +34,12 @@ class Line:
         self._ordered = ordered
         self._on_settled = on_settled
         self._jobs: deque[Job] = deque()
-        """In order: every job. Otherwise: those with news."""
+        """In order: every job. Otherwise: those with news that `run` has to see to."""
         self._bell: asyncio.Future[None] | None = None
+        self._busy = False
+        """`run` is in the middle of a job, and nothing may pass it."""
         self._closing = False
+        self._lent = 0
         self.outstanding = 0
         self.waiting = 0
         """Finished jobs that wait for their turn."""
@@ -47,10 +53,13 @@ class Line:
     def news(self, job: Job) -> None:
         """There are outputs of this job, or its outcome."""
         if job.outcome is not None:
-            self._count_waiting(1)
+            self.waiting += 1
         if self._ordered:
-            if self._jobs and job is self._jobs[0]:
-                self._ring()
+            if not self._busy and self._jobs and job is self._jobs[0]:
+                self._flush()
+            self._lend()
+        elif not self._busy and not self._jobs and self._leaves_at_once(job):
+            self._on_settled()
         elif not job.queued:
             job.queued = True
             self._jobs.append(job)
@@ -61,12 +70,60 @@ class Line:
         self._closing = True
         self._ring()
 
+    # --- ordinary outputs, at once
+
+    def _flush(self) -> None:
+        """Let leave what can leave, from the head of the line."""
+        jobs = self._jobs
+        left = False
+        while jobs and self._leaves_at_once(jobs[0]):
+            jobs.popleft()
+            left = True
+        if jobs and (jobs[0].outputs or jobs[0].outcome is not None):
+            self._ring()
+        if left:
+            self._on_settled()
+
+    def _leaves_at_once(self, job: Job) -> bool:
+        """Settle a job that needs no wait; False if it is not such a one."""
+        outcome = job.outcome
+        if outcome is None or job.outputs or job.passing or job.booked or job.spoiled is not None:
+            return False
+        value = job.value if outcome is DONE else outcome.value
+        if outcome.error is not None or outcome.many or not self._desk.plain.has(value) or self._outlet.room() <= 0:
+            return False
+        self._outlet.put_nowait(value)
+        counters = self._desk.counters
+        counters.succeeded += 1
+        if outcome is not DONE:
+            counters.retried += outcome.retried
+            counters.latency.add(outcome.seconds)
+        job.settled = True
+        self.outstanding -= 1
+        self.waiting -= 1
+        if self._closing and not self.outstanding:
+            self._ring()
+        return True
+
+    def _lend(self) -> None:
+        # The room of finished items is lent from the inbound edge: in all, the stage holds what it was given.
+        if self._lent != self.waiting:
+            self._lent = self.waiting
+            self._inlet.release(self.waiting)
+
+    # --- everything else, in turn
+
     async def run(self) -> None:
-        """Settle jobs until the line is closed and empty."""
+        """Settle what cannot leave at once, until the line is closed and empty."""
         while True:
             job = self._next()
             if job is not None:
+                self._busy = True
                 await self._advance(job)
+                self._busy = False
+                if self._ordered:
+                    self._flush()
+                    self._lend()
             elif self._closing and not self.outstanding:
                 return
             else:
@@ -84,7 +141,7 @@ class Line:
 
     async def _advance(self, job: Job) -> None:
         if job.outputs:
-            sent = await self._send_outputs(job)
+            sent = await self._send_outputs(job, job.outputs)
             if job.grant is not None and sent:
                 job.grant(sent)
         outcome = job.outcome
@@ -93,15 +150,15 @@ class Line:
         job.settled = True
         if self._ordered:
             self._jobs.popleft()
-        self._count_waiting(-1)
         await self._settle(job, outcome)
         self.outstanding -= 1
+        self.waiting -= 1
         self._on_settled()
 
-    async def _send_outputs(self, job: Job) -> int:
+    async def _send_outputs(self, job: Job, outputs: deque[Any]) -> int:
         sent = 0
-        while job.outputs:
-            output = job.outputs.popleft()
+        while outputs:
+            output = outputs.popleft()
             sent += 1
             if job.spoiled is not None or job.booked or output is SKIP:
                 continue
@@ -122,7 +179,7 @@ class Line:
         if job.booked:
             return
         if job.passing:
-            await desk.pass_on(outcome.value, emit)
+            await desk.pass_on(job.value, emit)
         elif job.spoiled is not None:
             await desk.failed(desk.complete(job.spoiled, job.item, outcome.attempts), emit)
         elif outcome.error is not None:
@@ -131,13 +188,7 @@ class Line:
         elif outcome.many:
             desk.counters.succeeded += 1
         else:
-            await desk.settle(job.item, outcome.value, outcome.attempts, emit)
-
-    def _count_waiting(self, change: int) -> None:
-        self.waiting += change
-        if self._ordered:
-            # The room of finished items is lent from the inbound edge: in all, the stage holds what it was given.
-            self._inlet.release(self.waiting)
+            await desk.settle(job.item, job.value if outcome is DONE else outcome.value, outcome.attempts, emit)
 
     def _ring(self) -> None:
         if self._bell is not None and not self._bell.done():

@@ -12,9 +12,8 @@ import asyncio
 from pipeline.channel import EMPTY
 from pipeline.protocols import Seat, Wires
 from pipeline.result import Err
-from workers.base import Outcome
 from workers.placement import as_placement
-from workers.pooled import Job, Order
+from workers.pooled import DONE, Job, Order
 
 from .desk import Desk
 from .line import Line
@@ -94,9 +93,9 @@ class PoolNode:
 
     def _pass(self, err: Err) -> None:
         job = Job(err)
-        job.passing = True
+        job.passing, job.value = True, err
         self._line.add(job)
-        job.outcome = Outcome(err)
+        job.outcome = DONE
         self._line.news(job)
 
     def _ring(self) -> None:

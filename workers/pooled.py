@@ -16,7 +16,7 @@ from .base import Handler, Outcome
 if TYPE_CHECKING:
     from pipeline.runtime import PipelineRuntime
 
-__all__ = ["HOLD_LIMIT", "PARTIAL_LIMIT", "Executor", "Job", "Order"]
+__all__ = ["DONE", "HOLD_LIMIT", "PARTIAL_LIMIT", "Executor", "Job", "Order"]
 
 HOLD_LIMIT = 2048
 """Items that one worker holds at most beside the one it works on."""
@@ -24,10 +24,14 @@ PARTIAL_LIMIT = 64
 """Outputs of one item that a worker may send ahead of what has been passed on downstream."""
 
 
+DONE = Outcome()
+"""The outcome of a job that simply returned its `value` at the first attempt; one object for all of them."""
+
+
 class Job:
     """One item on its way through a pool. Its `outputs` (of a generator) may leave before its `outcome` is known."""
 
-    __slots__ = ("attempt", "booked", "by_value", "grant", "item", "outcome", "outputs", "passing", "queued", "retried", "settled", "spoiled")
+    __slots__ = ("attempt", "booked", "by_value", "grant", "item", "outcome", "outputs", "passing", "queued", "retried", "settled", "spoiled", "value")
 
     def __init__(self, item: Any) -> None:
         self.item = item
@@ -35,7 +39,10 @@ class Job:
         self.retried = 0
         """Attempts of earlier workers that were given up."""
         self.outcome: Outcome | None = None
-        self.outputs: deque[Any] = deque()
+        self.value: Any = None
+        """The output, when `outcome` is `DONE`."""
+        self.outputs: deque[Any] | tuple[()] = ()
+        """Of a generator: made outputs that have not left yet."""
         self.grant: Callable[[int], None] | None = None
         """Tells the worker how many of `outputs` have left, so that it may send as many more."""
         self.queued = False
@@ -49,6 +56,13 @@ class Job:
         """A worker could not read it when it was pickled by reference."""
         self.booked = False
         """The item is in the ledger already."""
+
+
+    def add_output(self, output: Any) -> None:
+        """One more output of a generator."""
+        if not self.outputs:
+            self.outputs = deque()
+        self.outputs.append(output)
 
 
 @dataclass(frozen=True, slots=True)

@@ -218,7 +218,7 @@ class _Worker:
         if self.cancelled:
             raise WorkerStopped
         self._credit -= 1
-        job.outputs.append(output)
+        job.add_output(output)
         self._runtime.call_soon_threadsafe(self._tell, job)
 
     def _tell(self, job: Job) -> None:

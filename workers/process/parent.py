@@ -213,9 +213,9 @@ class ProcessExecutor:
             return
         for packed in outputs:
             try:
-                job.outputs.append(unpack(packed))
+                job.add_output(unpack(packed))
             except Exception as error:  # see above
-                job.outputs.append(_unreadable_output(error))
+                job.add_output(_unreadable_output(error))
         self._order.news(job)
 
     def _finish(self, job: Job, outcome: Outcome) -> None:
