@@ -409,9 +409,9 @@ def _iteration_left(level: StopLevel = StopLevel.ABORT) -> StopRequest:
     return StopRequest(CancelReason("the iteration was left early", CancelType.MANUAL, code="iter_closed"), level)
 
 
-def _stopped(err: Err) -> PipelineError:
-    """The exception that an iteration raises for a run that did not complete."""
-    if isinstance(err.value, PipelineError) and err.report is None:
+def _stopped(err: Err) -> BaseException:
+    """The exception that an iteration raises for a run that did not complete, or could not start."""
+    if isinstance(err.value, BaseException) and err.report is None:
         return err.value
     if err.report is not None and err.report.outcome == "failed":
         return PipelineFailed(f"the pipeline failed: {err.reason}", report=err.report, reasons=err.reasons)
@@ -419,4 +419,4 @@ def _stopped(err: Err) -> PipelineError:
 
 
 def _cause(err: Err) -> BaseException | None:
-    return err.value if isinstance(err.value, BaseException) else None
+    return err.value if isinstance(err.value, BaseException) and err.report is not None else None

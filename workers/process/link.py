@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from pipeline.errors import PipelineError
 from pipeline.runtime import PipelineRuntime, ProcessLike
 
 from . import child
-from .wire import ChildEnd, Frame, FrameReader, SharedWords, frame
+from .wire import ChildEnd, Frame, FrameReader, SharedWords, frame, main_is_importable
 
 __all__ = ["WorkerLink"]
 
@@ -96,7 +97,7 @@ class WorkerLink:
                 name=f"{self._runtime.name}/{self._name}",
                 daemon=True,
             )
-            with _starting, _interrupts_blocked():
+            with _starting, _interrupts_blocked(), _main_hidden():
                 if self._context.get_start_method() == "forkserver":
                     self._context.set_forkserver_preload(_PRELOAD)
                 process.start()
@@ -240,3 +241,18 @@ def _interrupts_blocked() -> Any:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _main_hidden() -> Any:
+    # A program read from standard input has a `__file__` that does not exist, and starting a process would try to
+    # import it. What such a program defines travels by value instead.
+    main = sys.modules["__main__"]
+    if main_is_importable() or "__file__" not in vars(main):
+        yield
+        return
+    path = vars(main).pop("__file__")
+    try:
+        yield
+    finally:
+        vars(main)["__file__"] = path

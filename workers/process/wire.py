@@ -29,7 +29,7 @@ from pipeline.errors import PipelineError, StageConfigError
 
 from ..base import Handler
 
-__all__ = ["ChildEnd", "Frame", "FrameReader", "RemoteError", "SharedWords", "frame", "pack", "pack_handler", "unpack", "unpack_handler"]
+__all__ = ["ChildEnd", "Frame", "FrameReader", "RemoteError", "SharedWords", "frame", "main_is_importable", "pack", "pack_handler", "unpack", "unpack_handler"]
 
 
 # --- frames
@@ -141,7 +141,7 @@ def pack_handler(stage: str, handler: Handler) -> bytes:
     """A handler as bytes; `StageConfigError` when it cannot travel to a process."""
     sendable = _Sendable(handler)
     try:
-        return dill.dumps(sendable, byref=_main_is_importable(), recurse=True)
+        return dill.dumps(sendable, byref=main_is_importable(), recurse=True)
     except Exception as error:
         raise StageConfigError(
             f"the handler of stage {stage!r} cannot be sent to a worker process: {type(error).__name__}: {error}. "
@@ -210,7 +210,7 @@ class _Reference:
 def _refer(function: Any) -> Any:
     if not isinstance(function, types.FunctionType) or "<" in function.__qualname__:
         return function
-    if function.__module__ == "__main__" and not _main_is_importable():
+    if function.__module__ == "__main__" and not main_is_importable():
         return function
     reference = _Reference(function.__module__, function.__qualname__)
     try:
@@ -224,14 +224,15 @@ def _resolve(function: Any) -> Any:
     return function.resolve() if isinstance(function, _Reference) else function
 
 
-def _main_is_importable() -> bool:
+def main_is_importable() -> bool:
     """Whether worker processes import the main program again, as `multiprocess` does for a program in a file."""
     main = sys.modules.get("__main__")
     spec = getattr(main, "__spec__", None)
     name: str | None = getattr(spec, "name", None)
     if name is not None:
         return name != "__main__" and not name.endswith(".__main__")
-    return getattr(main, "__file__", None) is not None
+    path: str | None = getattr(main, "__file__", None)
+    return path is not None and os.path.exists(path)
 
 
 # --- shared words
