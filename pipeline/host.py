@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,21 +20,29 @@ __all__ = ["Host", "run_in_thread"]
 _TIDY = 1.0
 """Seconds for what user code left on the loop: async generators, and the default executor's threads."""
 
+_LOOK = 0.1
+"""Seconds between two looks at whether the interpreter is going down."""
+
 
 class Host:
     """The thread that carries a run."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self._over = threading.Event()
         self._thread = run.runtime.start_thread(self._main, name="loop", host=True)
 
     def join(self, *, on_interrupt: Callable[[], object]) -> None:
         """Wait until the run is closed and the thread gone. Bounded by the run's `Grace`, for a stop was requested."""
-        while self._thread.is_alive():
+        # Not by joining: a join that Ctrl-C interrupts takes the thread for ended (CPython before 3.13).
+        while not self._over.is_set():
             try:
-                self._thread.join()
+                self._over.wait(_LOOK)
             except KeyboardInterrupt:
                 on_interrupt()
+            if sys.is_finalizing():  # a generator that lives as long as the program: its thread does not run any more
+                return
+        self._thread.join(_TIDY)
 
     def _main(self) -> None:
         loop = asyncio.new_event_loop()
@@ -45,6 +55,7 @@ class Host:
             for task in asyncio.all_tasks(loop):
                 _silence(task)
             loop.close()
+            self._over.set()
 
     async def _carry(self) -> None:
         try:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 from .assembly import Link, Sink, seats_for
@@ -401,7 +402,7 @@ def _check_buffer(max_buffer: int) -> int:
 
 def _as_reason(reason: str | CancelReason | None, code: str | None, origin: str) -> CancelReason:
     if isinstance(reason, CancelReason):
-        return reason
+        return reason if code is None else replace(reason, code=code)
     return CancelReason(str(reason) if reason is not None else "cancelled", CancelType.MANUAL, code=code, origin=origin)
 
 

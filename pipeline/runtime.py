@@ -226,16 +226,18 @@ class PipelineRuntime:
         self._process_ends[process] = on_end
         self.loop.add_reader(process.sentinel, self._process_ended, process)
 
-    def call_soon_threadsafe(self, callback: Callable[..., object], *args: object) -> None:
-        """Run a callback on the run's loop; does nothing when that loop is already closed."""
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: object) -> bool:
+        """Run a callback on the run's loop; False, and nothing happens, when that loop is already closed."""
         loop = self.loop
         if loop is None:
-            return
+            return False
         try:
             loop.call_soon_threadsafe(callback, *args)
         except RuntimeError:  # the loop has closed: an abandoned thread reports to nobody
             if not loop.is_closed():
                 raise
+            return False
+        return True
 
     # --- internals: the registers
 

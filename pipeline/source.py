@@ -230,6 +230,7 @@ class WaitingFeed:
         self._channel = channel
         self.inlet: Inlet = channel
         self._stopping = False
+        self._pulling = True
         self._hand: _Hand | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -242,11 +243,13 @@ class WaitingFeed:
         self._task.add_done_callback(lambda _: self._channel.finish())
 
     def stop(self) -> None:
+        if self._stopping:
+            return
         self._stopping = True
         if self._hand is not None:
             self._hand.stop()  # the thread still hands over what it has pulled
-        elif self._task is not None:
-            self._task.cancel()
+        elif self._pulling and self._task is not None:
+            self._task.cancel()  # only out of the wait for an item: closing the iterator is left in peace
 
     def abort(self) -> None:
         self._stopping = True
@@ -319,6 +322,8 @@ class WaitingFeed:
             if not self._stopping:
                 raise
             # The drain's own cancellation, spent here: the iterator is closed by the caller, in peace.
+        finally:
+            self._pulling = False
 
     # --- everything else, in a thread
 

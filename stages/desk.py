@@ -33,13 +33,15 @@ LAG = 0.1
 class Desk:
     """Books the items of one stage. Owned by its node; all methods on the run's loop."""
 
-    __slots__ = ("_failures", "_lags", "_last", "_runtime", "_wires", "counters", "cut", "name", "plain", "rule")
+    __slots__ = ("_failures", "_lags", "_last", "_runtime", "_wires", "counters", "cut", "name", "plain", "rule", "stopped")
 
     def __init__(self, seat: Seat, rule: FailureRule, wires: Wires, cut: int) -> None:
         self.name = seat.name
         self.counters = seat.counters
         self.rule = rule
         self.plain = PlainTypes()
+        self.stopped = False
+        """This stage has stopped the pipeline: nothing that it finishes from now on leaves it."""
         self.cut = cut
         """The index up to which to stop when this stage fails: its own, or the last one of its fused neighbours."""
         self._wires = wires
@@ -73,6 +75,7 @@ class Desk:
         self.counters.succeeded += 1
         self.counters.skipped += 1
         reason = CancelReason(switch.reason, CancelType.MANUAL, code="kill_switch", origin=self.name)
+        self.stopped = True
         self._wires.inlet.abort()
         self._runtime.request_stop(StopRequest(reason, StopLevel.ABORT))
 
@@ -128,6 +131,7 @@ class Desk:
 
     def stop(self, err: Err, code: str) -> None:
         """Fail the pipeline: this stage and those before it stop at once, what is behind finishes shortly."""
+        self.stopped = True
         self._wires.inlet.abort()
         self._runtime.fail(err, origin=self.name, code=code, cut=self.cut)
 

@@ -52,6 +52,8 @@ class Line:
 
     def news(self, job: Job) -> None:
         """There are outputs of this job, or its outcome."""
+        if self._desk.stopped:
+            return
         if job.outcome is not None:
             self.waiting += 1
         if self._ordered:
@@ -121,6 +123,8 @@ class Line:
                 self._busy = True
                 await self._advance(job)
                 self._busy = False
+                if self._desk.stopped:
+                    return
                 if self._ordered:
                     self._flush()
                     self._lend()

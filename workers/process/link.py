@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import multiprocess
+from multiprocess import resource_tracker
 
 from pipeline.errors import PipelineError
 from pipeline.runtime import PipelineRuntime, ProcessLike
@@ -29,6 +30,8 @@ __all__ = ["WorkerLink"]
 
 _CHUNK = 1 << 18
 _PIPE_SIZE = 1 << 20
+_REAP = 1.0
+"""Seconds for a killed process to be reaped."""
 _PRELOAD = ["asyncio", "dill", "structlog", "aiostream", "multiprocess.connection", "multiprocess.reduction"]
 """Imported once by the fork server, so that a worker starts in a few milliseconds."""
 
@@ -104,7 +107,8 @@ class WorkerLink:
         except BaseException as error:
             self._runtime.call_soon_threadsafe(self._start_failed, error)
         else:
-            self._runtime.call_soon_threadsafe(self._started, process)
+            if not self._runtime.call_soon_threadsafe(self._started, process):
+                _discard(process)
 
     def _start_failed(self, error: BaseException) -> None:
         self._close_child_ends()
@@ -112,6 +116,11 @@ class WorkerLink:
         asyncio.get_running_loop().call_soon(self._on_end, self, None, error)
 
     def _started(self, process: Any) -> None:
+        if self._runtime.ended is not None:  # nobody waits for it any more
+            _discard(process)
+            self._close_child_ends()
+            self._release()
+            return
         self._process = process
         # Only the worker has these now: when it dies, our reading end sees the end.
         self._close_child_ends()
@@ -222,6 +231,14 @@ class WorkerLink:
             os.close(descriptor)
 
 
+def _discard(process: Any) -> None:
+    """End a process that was started for a run that is over."""
+    process.kill()
+    process.join(_REAP)
+    if process.exitcode is not None:
+        process.close()
+
+
 def _pipe() -> tuple[int, int]:
     reading, writing = os.pipe()
     with contextlib.suppress(OSError, AttributeError):  # a larger pipe is faster; the default one works
@@ -236,6 +253,7 @@ def _interrupts_blocked() -> Any:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    resource_tracker.ensure_running()  # first, for its start ends with unblocking SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
