@@ -54,7 +54,8 @@ class Line:
         """There are outputs of this job, or its outcome."""
         if self._desk.stopped:
             return
-        if job.outcome is not None:
+        if job.outcome is not None and not job.finished:
+            job.finished = True  # news of its last outputs may come after that of its outcome
             self.waiting += 1
         if self._ordered:
             if not self._busy and self._jobs and job is self._jobs[0]:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import inspect
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from time import monotonic, perf_counter, sleep
 from typing import Any, Protocol
 
@@ -34,6 +34,10 @@ class Control(StopToken, Protocol):
         """A clock may start for this attempt."""
         ...
 
+    def attempt_ends(self) -> None:
+        """The clock may stop: the handler is not at work."""
+        ...
+
     def send(self, output: Any) -> None:
         """Hand on one of many outputs; waits for room, raises `WorkerStopped` when there will be none."""
         ...
@@ -48,6 +52,7 @@ class Performer:
         self._control = control
         self._runner: asyncio.Runner | None = None
         self._expired = False
+        self._clock: asyncio.Timeout | None = None
         self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
 
     @property
@@ -57,8 +62,12 @@ class Performer:
 
     def open(self) -> None:
         """Run `setup`; whatever it raises is the caller's."""
-        if self._handler.setup is not None:
-            self._finish(self._handler.setup(self._state))
+        try:
+            if self._handler.setup is not None:
+                self._finish(self._handler.setup(self._state))
+        except BaseException:
+            self.dispose()
+            raise
 
     def close(self) -> None:
         """Run `teardown`, then close the loop; whatever it raises is the caller's."""
@@ -66,8 +75,13 @@ class Performer:
             if self._handler.teardown is not None:
                 self._finish(self._handler.teardown(self._state))
         finally:
-            if self._runner is not None:
-                self._runner.close()
+            self.dispose()
+
+    def dispose(self) -> None:
+        """Close the loop, if there is one. Idempotent."""
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
 
     def perform(self, item: Any, first_attempt: int = 1) -> Outcome:
         """Call the handler until it succeeds or its retries are used up."""
@@ -78,6 +92,7 @@ class Performer:
             state.attempt = attempt
             control.attempt_begins(attempt)
             outcome = self._attempt(item)
+            control.attempt_ends()
             delay = None if outcome.error is None else handler.retry.delay(attempt, outcome.error)
             if delay is None or control.cancelled or not pause(delay, control):
                 outcome.attempts = attempt
@@ -120,7 +135,7 @@ class Performer:
                 for output in iterator:
                     send(output)
         else:
-            self._run(_send_each(outputs, send))
+            self._run(self._send_each(outputs, send))
         for output in held:
             self._control.send(output)
 
@@ -140,19 +155,24 @@ class Performer:
         try:
             if self._handler.timeout is None:
                 return await awaitable
-            async with asyncio.timeout(self._handler.timeout) as clock:
+            async with asyncio.timeout(self._handler.timeout) as self._clock:
                 try:
                     return await awaitable
                 finally:
-                    self._expired = clock.expired()
+                    self._expired = self._clock.expired()
         finally:
-            self._running = None
+            self._running = self._clock = None
 
-
-async def _send_each(outputs: AsyncIterator[Any], send: Callable[[Any], None]) -> None:
-    async with contextlib.aclosing(outputs):  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
-        async for output in outputs:
-            send(output)
+    async def _send_each(self, outputs: AsyncGenerator[Any, None], send: Callable[[Any], None]) -> None:
+        loop = asyncio.get_running_loop()
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                began = loop.time()
+                send(output)
+                deadline = self._clock.when() if self._clock is not None else None
+                if self._clock is not None and deadline is not None:
+                    # Waiting for room is not the handler's time. The timer cannot have fired: the loop was in `send`.
+                    self._clock.reschedule(deadline + loop.time() - began)
 
 
 def pause(seconds: float, token: StopToken) -> bool:

@@ -31,7 +31,7 @@ DONE = Outcome()
 class Job:
     """One item on its way through a pool. Its `outputs` (of a generator) may leave before its `outcome` is known."""
 
-    __slots__ = ("attempt", "booked", "by_value", "grant", "item", "outcome", "outputs", "passing", "queued", "retried", "settled", "spoiled", "value")
+    __slots__ = ("attempt", "booked", "by_value", "finished", "grant", "item", "outcome", "outputs", "passing", "queued", "retried", "settled", "spoiled", "value")
 
     def __init__(self, item: Any) -> None:
         self.item = item
@@ -51,6 +51,7 @@ class Job:
         """An error of an earlier stage that only keeps its place in the order."""
         self.spoiled: Any = None
         """The `Err` that a generator yielded: the item has failed, whatever comes after."""
+        self.finished = False
         self.settled = False
         self.by_value = False
         """A worker could not read it when it was pickled by reference."""

@@ -204,22 +204,30 @@ class _Worker:
         del attempt  # in `state` already
         self.began = monotonic()
 
+    def attempt_ends(self) -> None:
+        self.began = 0.0
+
     def send(self, output: Any) -> None:
         """Hand on one output of a generator; waits while `PARTIAL_LIMIT` have not left downstream yet."""
         job = self.job
         assert job is not None
-        while self._credit <= 0:
-            if self.cancelled:
-                raise WorkerStopped
-            try:
-                self._credit += self._credits.get(timeout=_CREDIT_POLL)
-            except queue.Empty:
-                continue
+        if self._credit <= 0:
+            self._wait_credit()
         if self.cancelled:
             raise WorkerStopped
         self._credit -= 1
         job.add_output(output)
         self._runtime.call_soon_threadsafe(self._tell, job)
+
+    def _wait_credit(self) -> None:
+        """Wait for room, off the attempt's clock."""
+        spent, self.began = monotonic() - self.began, 0.0
+        while self._credit <= 0 and not self.cancelled:
+            try:
+                self._credit += self._credits.get(timeout=_CREDIT_POLL)
+            except queue.Empty:
+                continue
+        self.began = monotonic() - spent
 
     def _tell(self, job: Job) -> None:
         if not self.given_up and not job.settled:
@@ -235,15 +243,18 @@ class _Worker:
     # --- the thread
 
     def main(self) -> None:
-        error, what = None, "setup"
+        error: BaseException | None = None
+        what = "setup"
         try:
             self._performer.open()
             what = "worker"
             self._work()
             what = "teardown"
             self._performer.close()
-        except Exception as caught:
+        except BaseException as caught:
             error = caught
+        finally:
+            self._performer.dispose()
         self._runtime.call_soon_threadsafe(self._executor.gone, self, error, what)
 
     def _work(self) -> None:

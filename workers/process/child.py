@@ -4,12 +4,13 @@ The rules kept here:
 
 - A reader thread always reads, so that a stop is seen while the handler works, and the parent never blocks.
 - The process ends when its parent does, whatever ends that: the reader watches the parent's sentinel.
-- Results leave at the latest a fraction of a millisecond after the item that follows could begin: a worker that is
-  killed takes little with it, and the shared words say what.
+- A finished result leaves before the next item begins, unless another has just left; then within milliseconds, however
+  long the next item takes. A worker that is killed takes little with it, and the shared words say what.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import select
@@ -34,6 +35,14 @@ _FLUSH = 0.0002
 _CHUNK = 1 << 16
 _OUTPUTS = 16
 """Outputs of a generator in one frame, at most."""
+
+_LOOK = 5
+"""Milliseconds between two looks, while there is work, at whether finished results wait behind a long item."""
+
+
+class _HungUp(Exception):
+    """The parent has closed its end."""
+
 
 JobEntry = tuple[int, int, Packed]
 
@@ -62,6 +71,8 @@ class _Child:
         self._outputs: list[Packed] = []
         self._results: list[tuple[int, Any]] = []
         self._flushed = 0.0
+        self._writing = threading.RLock()
+        self._batches_in = self._batches_done = 0
         self._job = 0
         self._performer: Performer | None = None
         self.cancelled = False
@@ -82,16 +93,11 @@ class _Child:
             self._work(performer)
             what = "teardown"
             performer.close()
-        except BrokenPipeError:
-            return  # the parent has hung up: leave quietly
-        except Exception as error:
-            self._tell_broken(what, error)
-
-    def _tell_broken(self, what: str, error: Exception) -> None:
-        try:
-            self._write(frame(Frame.BROKEN, (what, pack(portable(error)))))
-        except BrokenPipeError:
-            return
+        except _HungUp:
+            return  # leave quietly
+        except BaseException as error:
+            with contextlib.suppress(_HungUp):
+                self._write(frame(Frame.BROKEN, (what, pack(portable(error)))))
 
     def _work(self, performer: Performer) -> None:
         words = self._words
@@ -109,6 +115,7 @@ class _Child:
                 if perf_counter() - self._flushed > _FLUSH:
                     self._flush()
             self._flush()
+            self._batches_done += 1
             words[SharedWords.ITEM] = 0
 
     def _handle(self, performer: Performer, attempt: int, packed: Packed) -> Any:
@@ -128,9 +135,11 @@ class _Child:
         return (Frame.BROKEN, _packed_outcome(outcome))
 
     def _flush(self) -> None:
-        if self._results:
+        """Send what is finished. Also from the reader's thread, when an item takes long."""
+        with self._writing:
             results, self._results = self._results, []
-            self._write(frame(Frame.RESULTS, results))
+            if results:
+                self._write(frame(Frame.RESULTS, results))
         self._flushed = perf_counter()
 
     # --- what the performer asks
@@ -139,16 +148,21 @@ class _Child:
         self._words[SharedWords.ATTEMPT] = attempt
         self._words[SharedWords.BEGAN] = monotonic_ns()
 
+    def attempt_ends(self) -> None:
+        self._words[SharedWords.BEGAN] = 0
+
     def send(self, output: Any) -> None:
         """One output of a generator; waits, off the attempt's clock, while too many have not left downstream."""
         self._outputs.append(pack(output))
         self._credit -= 1
         if len(self._outputs) >= _OUTPUTS or self._credit <= 0 or perf_counter() - self._flushed > _FLUSH:
             self._flush_outputs()
-        while self._credit <= 0 and not self.cancelled:
-            began = monotonic_ns()
-            self._credit += self._credits.get()
-            self._words[SharedWords.BEGAN] += monotonic_ns() - began
+        if self._credit <= 0:
+            spent = monotonic_ns() - self._words[SharedWords.BEGAN]
+            self._words[SharedWords.BEGAN] = 0
+            while self._credit <= 0 and not self.cancelled:
+                self._credit += self._credits.get()
+            self._words[SharedWords.BEGAN] = monotonic_ns() - spent
         if self.cancelled:
             raise WorkerStopped
 
@@ -161,8 +175,12 @@ class _Child:
 
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
-        while view:
-            view = view[os.write(self._up, view) :]
+        with self._writing:
+            try:
+                while view:
+                    view = view[os.write(self._up, view) :]
+            except BrokenPipeError:
+                raise _HungUp from None
 
     # --- the reader thread
 
@@ -174,7 +192,11 @@ class _Child:
             poll.register(parent.sentinel, select.POLLIN | select.POLLHUP)
         reader = FrameReader()
         while True:
-            ready = {descriptor for descriptor, _ in poll.poll()}
+            ready = {descriptor for descriptor, _ in poll.poll(_LOOK if self._batches_in != self._batches_done else None)}
+            if not ready:
+                with contextlib.suppress(_HungUp):
+                    self._flush()  # an item takes long: what was finished before it does not wait for it
+                continue
             if self._down not in ready:
                 os._exit(1)  # the parent is gone: nobody wants what this process could still do
             chunk = os.read(self._down, _CHUNK)
@@ -190,6 +212,7 @@ class _Child:
 
     def _obey(self, kind: Frame, content: Any) -> None:
         if kind is Frame.JOBS:
+            self._batches_in += 1
             self._jobs.put(content)
         elif kind is Frame.CREDIT:
             self._credits.put(content)

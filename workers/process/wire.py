@@ -152,7 +152,26 @@ def pack_handler(stage: str, handler: Handler) -> bytes:
 
 def unpack_handler(data: bytes) -> Handler:
     """The handler in the worker process; raises whatever importing or unpickling it raises."""
-    return cast("_Sendable", dill.loads(data)).restore()
+    handler = cast("_Sendable", dill.loads(data)).restore()
+    for function in (handler.function, handler.setup, handler.teardown):
+        _settle_in(function, set())
+    return handler
+
+
+def _settle_in(function: Any, seen: set[int]) -> None:
+    """Give the classes and functions that came by value with a function their place in this process's `__main__`.
+
+    A program without a file cannot be imported here. What it defines came with the handler, and is put where its name
+    says, so that its instances are pickled by name and are in the parent what they were.
+    """
+    if not isinstance(function, types.FunctionType) or function.__module__ != "__main__" or id(function) in seen:
+        return
+    seen.add(id(function))
+    home = vars(sys.modules["__main__"])
+    for name, value in function.__globals__.items():
+        if isinstance(value, (type, types.FunctionType)) and value.__module__ == "__main__":
+            home.setdefault(name, value)
+            _settle_in(value, seen)
 
 
 class _Sendable:
