@@ -154,10 +154,14 @@ class Channel:
         iterator = iter(batch)
         return Lot(iterator, cast("Meter", iterator), batch)
 
+    def count_lot(self, lot: Lot) -> None:
+        """Count what was taken since the last look."""
+        self.down.received += lot.fresh()
+
     def close_lot(self, lot: Lot) -> None:
         """Count what was taken, and put the rest back in front."""
-        taken, rest = lot.taken, list(lot.items)
-        self.down.received += taken
+        self.count_lot(lot)
+        rest = list(lot.items)
         if self.aborted:
             self.down.discarded += len(rest)
         else:

@@ -20,7 +20,7 @@ class Meter(Protocol):
 class Lot:
     """Items to iterate over. What is not iterated stays where it came from; the inlet's `close_lot` sees to that."""
 
-    __slots__ = ("_meter", "_start", "batch", "items")
+    __slots__ = ("_counted", "_meter", "_start", "batch", "items")
 
     def __init__(self, items: Iterator[Any], meter: Meter, batch: Collection[Any] | None = None) -> None:
         self.items = items
@@ -28,11 +28,18 @@ class Lot:
         """The items as a collection; None when they come from where there cannot be an error among them."""
         self._meter = meter
         self._start = meter.__length_hint__()
+        self._counted = 0
 
     @property
     def taken(self) -> int:
         """How many items have been iterated over."""
         return self._start - self._meter.__length_hint__()
+
+    def fresh(self) -> int:
+        """How many have been taken since this was last asked."""
+        taken = self.taken
+        fresh, self._counted = taken - self._counted, taken
+        return fresh
 
     @property
     def left(self) -> int:

@@ -76,6 +76,7 @@ class Pipeline(Generic[T]):
         self._log = log
         self._tally = tally_len
         self._links: tuple[Link, ...] = ()
+        self._inner: Pipeline[Any] | None = None
         self._members: tuple[Pipeline[Any], ...] = ()
         self._source: Source | None = None
         self._runtime: PipelineRuntime | None = None
@@ -114,20 +115,21 @@ class Pipeline(Generic[T]):
     def gen(self, source: Iterable[T] | AsyncIterable[T] | Callable[[], Iterable[T] | AsyncIterable[T]]) -> Pipeline[T]:
         """Set a new source, and make a cancelled pipeline runnable again. Returns this pipeline."""
         self._refuse_running("get a new source")
-        self._members = self._members[1:] if self._inner_source else self._members
+        if self._inner is not None:  # a pipeline that was the source goes, with its stages
+            self._links = self._links[len(self._inner._links) :]
+            self._members = self._members[1:]
         self._set_source(source)
         self._cancelled = ()
         self._runtime = None
         return self
 
-    _inner_source = False
-
     def _set_source(self, source: Any) -> None:
-        self._inner_source = isinstance(source, Pipeline)
+        self._inner = None
         if isinstance(source, Pipeline):
             inner = cast("Pipeline[Any]", source)
             if inner is self:
                 raise TypeError("a pipeline cannot be its own source")
+            self._inner = inner._copy()
             self._source = inner._source
             self._links = inner._links + self._links
             self._members = (inner, *self._members)
@@ -160,7 +162,7 @@ class Pipeline(Generic[T]):
             tally_len=self._tally,
         )
         twin._source, twin._links, twin._members = self._source, self._links, self._members
-        twin._inner_source = self._inner_source
+        twin._inner = self._inner
         return twin
 
     # --- running
@@ -356,6 +358,7 @@ class Pipeline(Generic[T]):
             elapsed = 0.0
         else:
             state, reasons, elapsed = runtime.state, runtime.reasons, runtime.elapsed
+            runtime.catch_up()
             ledger = runtime.final_ledger or runtime.assembly.ledger(elapsed)
         return PipelineSnapshot(
             name=self.name,

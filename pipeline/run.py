@@ -54,7 +54,7 @@ class Run:
     def start(self) -> None:
         """Start on the running loop. A run that was cancelled already starts nothing and concludes at once."""
         runtime = self.runtime
-        runtime.loop = asyncio.get_running_loop()
+        runtime.attach(asyncio.get_running_loop())
         runtime.began = monotonic()
         try:
             self._arm()

@@ -110,6 +110,9 @@ class PipelineRuntime:
         self._pulse: asyncio.Future[None] | None = None
         self._aborted = False
         self._applied = 0
+        self._thread = 0
+        self.burst: Callable[[], None] | None = None
+        """Books what a burst under way has done so far; set by the node that runs one."""
 
     # --- why it stops; all of this from any thread
 
@@ -238,6 +241,16 @@ class PipelineRuntime:
                 raise
             return False
         return True
+
+    def catch_up(self) -> None:
+        """Book what is under way in this very thread: a handler that asks for a snapshot is in it itself."""
+        if self.burst is not None and threading.get_ident() == self._thread:
+            self.burst()
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The run begins, on this loop and thread."""
+        self.loop = loop
+        self._thread = threading.get_ident()
 
     # --- internals: the registers
 

@@ -18,6 +18,7 @@ import types
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
+from operator import length_hint
 from typing import Any, Protocol, cast
 
 from aiostream.core import BaseStream, Streamer, streamcontext
@@ -130,11 +131,27 @@ class Source:
 
 
 def _is_finished(origin: Any) -> bool:
+    if type(origin) in _PROMPT_TYPES:
+        return _is_exhausted(origin)
     if isinstance(origin, types.GeneratorType):
         return inspect.getgeneratorstate(cast("types.GeneratorType[Any, Any, Any]", origin)) == inspect.GEN_CLOSED
     if isinstance(origin, types.AsyncGeneratorType):
         return cast("types.AsyncGeneratorType[Any, Any]", origin).ag_frame is None  # pyright: ignore[reportUnnecessaryComparison]
     return False
+
+
+def _is_exhausted(iterator: Any) -> bool:
+    """Whether a built-in iterator has been used up; one over something empty has not, as far as it can tell."""
+    try:
+        if length_hint(iterator, 1):
+            return False
+    except TypeError:  # itertools.repeat without an end
+        return False
+    _, *state = iterator.__reduce__()
+    if len(state) < 2:
+        return True
+    collection, position = state[0][0], state[1]
+    return bool(position) or (isinstance(collection, range) and collection.start != 0)
 
 
 class PromptFeed:
@@ -181,18 +198,29 @@ class PromptFeed:
             return Lot(itertools.islice(self._iterator, limit), cast("Meter", self._iterator))
         ahead = self._ahead
         try:
-            ahead.extend(itertools.islice(self._iterator, max(limit - len(ahead), 0)))
+            # No further than what is known to be there: a list may grow while it is read, and asking past its end ends it.
+            more = min(limit - len(ahead), length_hint(self._iterator, limit))
+            ahead.extend(itertools.islice(self._iterator, max(more, 0)))
+            if not ahead:
+                ahead.append(next(self._iterator))
+        except StopIteration:
+            pass
         except Exception as error:
             self._failed(error)
         self.ended = not ahead
         iterator = iter(ahead)
         return Lot(iterator, cast("Meter", iterator), ahead) if ahead else None
 
+    def count_lot(self, lot: Lot) -> None:
+        """Count what was taken since the last look."""
+        fresh = lot.fresh()
+        self._up.emitted += fresh
+        self._down.received += fresh
+
     def close_lot(self, lot: Lot) -> None:
         """Count what was taken; the rest is still the iterator's."""
+        self.count_lot(lot)
         taken = lot.taken
-        self._up.emitted += taken
-        self._down.received += taken
         if self._direct:
             self.ended = self.ended or not lot.left
         elif taken == len(self._ahead):
@@ -281,7 +309,7 @@ class WaitingFeed:
         if isinstance(made, (AsyncIterable, Iterable)):
             return cast("Any", made)
         made = made()
-        if inspect.isawaitable(made):
+        if inspect.isawaitable(made) and not isinstance(made, AsyncIterable):  # an aiostream stream is both
             made = await made
         if not isinstance(made, (AsyncIterable, Iterable)):
             raise TypeError(f"the source function returned {type(made).__name__}, which cannot be iterated")

@@ -12,12 +12,13 @@ thing, nor cancel the pipeline, and are called without a look.
 from __future__ import annotations
 
 import dis
+import sys
 import types
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-__all__ = ["Burst", "compile_burst", "failed_step", "only_computes"]
+__all__ = ["Burst", "compile_burst", "failed_step", "only_computes", "step_at_work"]
 
 Burst = Callable[..., "tuple[int, Any, Any] | None"]
 """Takes (items, put, stop, known, skip, skipped, *functions). None: through. Else (step, its input, its result)."""
@@ -78,11 +79,26 @@ def failed_step(error: BaseException, trusted: tuple[bool, ...]) -> tuple[int, A
         trace = trace.tb_next
     if trace is None:
         return None
-    line = _FIRST_CALL
+    step = _step_of(trace.tb_lineno, trusted)
+    return None if step is None else (step, trace.tb_frame.f_locals[f"v{step}"])
+
+
+def step_at_work(trusted: tuple[bool, ...]) -> int | None:
+    """Which step's call the caller is in, seen from inside of it."""
+    frame = sys._getframe()
+    while frame.f_code.co_filename != _FILE:
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    return _step_of(frame.f_lineno, trusted)
+
+
+def _step_of(line: int | None, trusted: tuple[bool, ...]) -> int | None:
+    call = _FIRST_CALL
     for step, sure in enumerate(trusted):
-        if trace.tb_lineno == line:
-            return step, trace.tb_frame.f_locals[f"v{step}"]
-        line += 1 if sure else 1 + len(_look(step))
+        if line == call:
+            return step
+        call += 1 if sure else 1 + len(_look(step))
     return None
 
 

@@ -8,18 +8,20 @@ ordinary output (an error, a skip, a coroutine) leaves the burst and is finished
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 from pipeline.channel import EMPTY
+from pipeline.lot import Lot
 from pipeline.metrics import Counters
 from pipeline.pace import Pacer
 from pipeline.protocols import Seat, Wires
 from pipeline.result import Err
-from workers.base import HandlerKind, WorkerState
+from workers.base import HandlerKind, WorkerState, is_pending
 from workers.loop import LoopPerformer
 
-from .burst import compile_burst, failed_step, only_computes
+from .burst import compile_burst, failed_step, only_computes, step_at_work
 from .control import SKIP, KillSwitch, Last, PlainTypes
 from .desk import LAG, Desk
 
@@ -63,6 +65,19 @@ class _Unusual:
         self.item = item
         self.result = result
         self.error = error
+
+
+class _Progress:
+    """A burst under way: what came of it so far, and how much of that is in the ledger."""
+
+    __slots__ = ("booked", "lot", "outputs", "skipped")
+
+    def __init__(self, lot: Lot, steps: int) -> None:
+        self.lot = lot
+        self.outputs: list[Any] = []
+        self.skipped = [0] * steps
+        self.booked = [(0, 0, 0, 0)] * steps
+        """For each step: items entered, left, skipped, passed on."""
 
 
 class ChainNode:
@@ -176,14 +191,21 @@ class ChainNode:
             self._careful = len(lot.batch)
             inlet.close_lot(lot)
             return True, None
-        outputs: list[Any] = []
-        skipped = [0] * len(steps)
+        progress = _Progress(lot, len(steps))
         stopped: tuple[int, Any, Any] | None = None
         error: Exception | None = None
+        runtime = self._wires.runtime
+        runtime.burst = partial(self._book_midway, progress)
         began = perf_counter()
         try:
             stopped = self._loop(
-                lot.items, outputs.append, self._wires.runtime.stop_flag, self._plain.known, SKIP, skipped, *self._calls
+                lot.items,
+                progress.outputs.append,
+                runtime.stop_flag,
+                self._plain.known,
+                SKIP,
+                progress.skipped,
+                *self._calls,
             )
         except Exception as caught:
             place = failed_step(caught, self._trusted)
@@ -192,9 +214,10 @@ class ChainNode:
             error, stopped = caught, (*place, None)
         finally:
             seconds = perf_counter() - began
-            taken = lot.taken
+            runtime.burst = None
+            self._book(progress, stopped[0] if stopped else None)
             inlet.close_lot(lot)
-            self._book(taken, skipped, stopped[0] if stopped else None, outputs)
+        taken = lot.taken
         self._adapt(taken, seconds)
         self._untimed += taken
         if seconds > LAG:
@@ -213,25 +236,36 @@ class ChainNode:
         else:
             self._steps[-1].desk.lagged(seconds, among=[step.desk.name for step in self._steps])
 
-    def _book(self, taken: int, skipped: list[int], stopped: int | None, outputs: list[Any]) -> None:
-        """Count a burst: upstream first, so that no reading sees an item received that was not emitted."""
+    def _book_midway(self, progress: _Progress) -> None:
+        """A handler has asked for a snapshot: book the burst so far, with the item at work in that handler's step."""
+        self._book(progress, step_at_work(self._trusted))
+
+    def _book(self, progress: _Progress, at: int | None) -> None:
+        """Count what a burst has done since the last time; one item is still in step `at`, or none.
+
+        Upstream first, so that no reading in another thread sees an item received that was not emitted.
+        """
+        self._wires.inlet.count_lot(progress.lot)
         last = len(self._steps) - 1
-        through = taken
+        entered = progress.lot.taken
         for index, step in enumerate(self._steps):
-            counters = step.counters
+            counters, booked = step.counters, progress.booked[index]
+            skipped = progress.skipped[index]
+            left = entered - (at == index)
             if index:
-                counters.received += through
-            through -= skipped[index]
-            if stopped == index:
-                through -= 1
-            counters.succeeded += through + skipped[index]
-            counters.skipped += skipped[index]
+                counters.received += entered - booked[0]
+            counters.succeeded += left - booked[1]
+            counters.skipped += skipped - booked[2]
+            through = left - skipped
             if index < last:
-                counters.emitted += through
-        if self._wires.outlet.keeps:
-            self._wires.outlet.put_many(outputs)
-        else:
-            self._wires.outlet.put_count(through)
+                counters.emitted += through - booked[3]
+            elif self._wires.outlet.keeps:
+                self._wires.outlet.put_many(progress.outputs)
+                progress.outputs.clear()
+            else:
+                self._wires.outlet.put_count(through - booked[3])
+            progress.booked[index] = (entered, left, skipped, through)
+            entered = through
 
     def _adapt(self, taken: int, seconds: float) -> None:
         """Bursts grow while they are short, and shrink to single, timed items when they are not."""
@@ -253,7 +287,7 @@ class ChainNode:
         if unusual.error is not None:
             await desk.failed(Err.of(unusual.error, item=item, stage=desk.name), emit)
             return
-        if hasattr(result, "__await__"):
+        if is_pending(result):
             try:
                 result = await result
             except Exception as error:

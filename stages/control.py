@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from enum import Enum
+from types import CoroutineType
 from typing import Any, Final
 
 from pipeline.result import Err
@@ -41,7 +43,7 @@ class Last:
     value: Any
 
 
-_SPECIAL = (Err, KillSwitch, Last, Skip)
+_SPECIAL = (Err, KillSwitch, Last, Skip, CoroutineType, asyncio.Future)
 
 
 class PlainTypes:
@@ -53,11 +55,11 @@ class PlainTypes:
         self.known: set[type] = set()
 
     def has(self, result: Any) -> bool:
-        """Whether a result is an ordinary output: not `SKIP`, an `Err`, a `KillSwitch`, nor anything to await."""
+        """Whether a result is an ordinary output: not `SKIP`, an `Err`, a `KillSwitch`, nor a coroutine or a future."""
         kind = type(result)
         if kind in self.known:
             return True
-        if issubclass(kind, _SPECIAL) or hasattr(kind, "__await__"):
+        if issubclass(kind, _SPECIAL):
             return False
         if len(self.known) >= _KNOWN_LIMIT:
             self.known.clear()

@@ -14,7 +14,7 @@ from pipeline.channel import EMPTY
 from pipeline.pace import Pacer
 from pipeline.protocols import Seat, Wires
 from pipeline.result import Err
-from workers.base import HandlerKind, Outcome, WorkerState
+from workers.base import HandlerKind, Outcome, WorkerState, is_pending
 from workers.loop import LoopPerformer
 from workers.pooled import DONE, PARTIAL_LIMIT, Job
 
@@ -272,7 +272,7 @@ class _Watch:
         """Whether the call's result is still to be awaited; if so, it does not hold the loop."""
         if not self._plain:
             return True
-        if hasattr(result, "__await__"):
+        if is_pending(result):
             self._plain = False
             return True
         return False

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Protocol, TypeAlias, TypeVar, cast, overload
 
 from pipeline.errors import StageConfigError
-from pipeline.policy import ErrorHandler, ErrorPolicy
+from pipeline.policy import ErrorHandler, ErrorPolicy, FailureRule
 from pipeline.result import Err
 from workers.base import WorkerState, describe_function
 from workers.placement import Placement
@@ -134,6 +134,8 @@ def work_pool(
     With `fork_merge` every item goes to all workers and `fork_merge` gets the list of their outputs for that item.
     """
 
+    FailureRule.check(error_policy, error_handler, None)
+
     def decorate(function: Callable[..., Any]) -> Stage[Any, Any]:
         options = _pool_options(num_workers, buffer, retries, multi_proc, error_policy, error_handler, describe_function(function))
         if fork_merge is None:
@@ -157,6 +159,8 @@ def mix_pool(
     An item goes to whichever worker is free; with `fork_merge` it goes to all of them, and `fork_merge` gets the list
     of their outputs for that item, in the handlers' order. When one handler fails, the item fails.
     """
+
+    FailureRule.check(error_policy, error_handler, None)
 
     def decorate(make: Callable[[], list[Callable[..., Any]]]) -> Stage[Any, Any]:
         functions = list(make())

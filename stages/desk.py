@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipeline.cancellation.reason import CancelReason, CancelType
@@ -108,6 +109,8 @@ class Desk:
         """Fill in what a handler's own `Err` does not say."""
         if err.stage is None:
             err.stage, err.item, err.attempts = self.name, item if err.item is None else err.item, attempts
+        elif err.stage == self.name and err.item is not item:
+            return replace(err, item=item, attempts=attempts)  # one object, returned for many items
         return err
 
     async def _hand_to_side(self, err: Err) -> bool:

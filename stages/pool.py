@@ -29,7 +29,8 @@ class PoolNode:
         self._seat = seat
         self._wires = wires
         self._desk = Desk(seat, seat.stage.rule(seat.default_policy), wires, seat.index)
-        self._ordered: bool = options.ordered and options.concurrency > 1
+        # One worker keeps the order anyway; as an ordered stage it also keeps the place of errors passing by.
+        self._ordered: bool = options.ordered or options.concurrency == 1
         self._line = Line(self._desk, wires.inlet, wires.outlet, ordered=self._ordered, on_settled=self._ring)
         self._bell: asyncio.Future[None] | None = None
         self._executor = as_placement(options.run_in).executor(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import types
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,7 +20,7 @@ from pipeline.protocols import StopToken
 
 from .retry import NO_RETRY, Retry
 
-__all__ = ["Handler", "HandlerKind", "Outcome", "WorkerHandler", "WorkerState", "describe_function"]
+__all__ = ["Handler", "HandlerKind", "Outcome", "WorkerHandler", "WorkerState", "describe_function", "is_pending"]
 
 
 T = TypeVar("T")
@@ -131,6 +132,14 @@ class Outcome:
     lost: bool = False
     many: bool = field(default=False)
     """The outputs were sent one by one; `value` means nothing."""
+
+
+def is_pending(result: Any) -> bool:
+    """Whether a plain function's result is still to be awaited: a coroutine, or a future.
+
+    Not everything with an `__await__` is: the handle of `cancel()` and an aiostream stream are values, too.
+    """
+    return isinstance(result, (types.CoroutineType, asyncio.Future))
 
 
 def describe_function(function: Any) -> str:

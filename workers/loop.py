@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from time import perf_counter
 from typing import Any
 
-from .base import Handler, HandlerKind, Outcome, WorkerState
+from .base import Handler, HandlerKind, Outcome, WorkerState, is_pending
 
 __all__ = ["LoopPerformer", "Send"]
 
@@ -67,7 +67,8 @@ class LoopPerformer:
                 await self._send_all(item, send, clock)
             else:
                 with clock.running():
-                    outcome.value = await clock.bounded(self.call(item))
+                    result = self.call(item)
+                    outcome.value = await clock.bounded(result) if is_pending(result) else result
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -147,10 +148,8 @@ class _Clock:
         self.expired = True
         return TimeoutError(f"the attempt took more than {self._limit:g} s")
 
-    async def bounded(self, value: Any) -> Any:
-        """Await what is awaitable, within the limit."""
-        if not inspect.isawaitable(value):
-            return value
+    async def bounded(self, value: Awaitable[Any]) -> Any:
+        """Await, within the limit."""
         if self._limit is None:
             return await value
         scope = asyncio.timeout(max(0.0, self._limit - self.seconds))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from time import monotonic, perf_counter, sleep
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 
 from pipeline.protocols import StopToken
 
-from .base import Handler, HandlerKind, Outcome, WorkerState
+from .base import Handler, HandlerKind, Outcome, WorkerState, is_pending
 
 __all__ = ["Control", "Performer", "WorkerStopped", "pause"]
 
@@ -141,7 +140,7 @@ class Performer:
 
     def _finish(self, result: Any) -> Any:
         """Await what is awaitable: coroutine functions, and plain functions that return a coroutine."""
-        return self._run(result) if inspect.isawaitable(result) else result
+        return self._run(result) if is_pending(result) else result
 
     def _run(self, awaitable: Awaitable[Any]) -> Any:
         if self._runner is None:
