@@ -17,11 +17,12 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
+from typing import Any, Generic, TypeVar, cast, overload
 
 from .assembly import Link, Sink, seats_for
 from .bridge import BridgeSink
 from .cancellation.reason import CancelReason, CancelType
+from .cancellation.triggers import Trigger
 from .channel import EMPTY
 from .errors import PipelineCancelled, PipelineError, PipelineFailed, StageConfigError
 from .host import run_in_thread
@@ -36,9 +37,6 @@ from .run import Run
 from .runtime import CancelHandle, PipelineRuntime, StopLevel, StopRequest
 from .sink import BufferSink, CollectingSink, DiscardingSink
 from .source import Source, as_source
-
-if TYPE_CHECKING:
-    from .cancellation.triggers import Trigger
 
 __all__ = ["Pipeline"]
 
@@ -62,12 +60,14 @@ class Pipeline(Generic[T]):
         *,
         name: str | None = None,
         on_error: ErrorPolicy = ErrorPolicy.DROP,
-        cancel_on: Sequence[Trigger] = (),
+        cancel_on: Trigger | Sequence[Trigger] = (),
         grace: Grace | None = None,
         scheduler: None = None,
         log: bool = False,
         tally_len: bool = False,
     ) -> None:
+        if isinstance(cancel_on, Trigger):
+            cancel_on = (cancel_on,)
         _check_options(on_error, cancel_on, grace, scheduler)
         self.name = name or "pipeline"
         self._on_error = on_error
@@ -213,12 +213,12 @@ class Pipeline(Generic[T]):
                     yield item
                 elif not await sink.wait_items():
                     break
-        except asyncio.CancelledError:
-            run.parent_cancelled()
-            raise
-        except BaseException:
-            run.runtime.request_stop(_iteration_left())
-            sink.discard()
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                run.parent_cancelled()
+            else:
+                run.runtime.request_stop(_iteration_left())
+            sink.discard()  # the consumer has left: what waits for it goes nowhere
             raise
         finally:
             try:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .cancellation.reason import CancelReason
     from .report import RunReport
 
-__all__ = ["Err", "Result", "err_as_value", "get_err", "is_err", "is_ok", "unwrap", "unwrap_or"]
+__all__ = ["Err", "Result", "describe", "err_as_value", "get_err", "is_err", "is_ok", "unwrap", "unwrap_or"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -50,6 +50,14 @@ class Err:
     def __repr__(self) -> str:
         where = f" in stage {self.stage!r}" if self.stage else ""
         return f"<Err {self.value!r}{where}>"
+
+
+def describe(value: BaseException | str) -> str:
+    """An exception in one line, with its type."""
+    if isinstance(value, str):
+        return value
+    text = str(value)
+    return f"{type(value).__name__}: {text}" if text else type(value).__name__
 
 
 Result: TypeAlias = T | Err

@@ -138,6 +138,8 @@ class Run:
         runtime = self.runtime
         self._disarm()
         assembly.settle()
+        for finish in runtime.at_end:
+            finish()
         self.sink.hand_over()
         runtime.ended = monotonic()
         runtime.final_ledger = ledger = assembly.ledger(runtime.elapsed)
@@ -152,7 +154,7 @@ class Run:
         runtime = self.runtime
         requests = runtime.requests
         outcome = "completed" if not requests else "failed" if requests[0].error is not None else "cancelled"
-        nothing_lost = not ledger.discarded and not any(row.cancelled or row.discarded for row in ledger.stages)
+        nothing_lost = not ledger.discarded and not any(row.cancelled or row.discarded or row.lost for row in ledger.stages)
         return RunReport(
             name=runtime.name,
             outcome=outcome,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from .cancellation.reason import CancelReason, CancelType
 from .errors import PipelineError
 from .lifecycle import Grace, PipelineState
-from .result import Err
+from .result import Err, describe
 
 if TYPE_CHECKING:
     from .assembly import Assembly
@@ -93,6 +93,8 @@ class PipelineRuntime:
         self.processes: set[ProcessLike] = set()
         self.abandoned: list[str] = []
         self.errors: dict[str, list[Err]] = {}
+        self.at_end: list[Callable[[], None]] = []
+        """What is left to do when everything is closed, however it ended: logs to complete."""
         self.assembly: Assembly | None = None
         self.final_ledger: Ledger | None = None
         self.began = 0.0
@@ -381,14 +383,6 @@ class PipelineRuntime:
 
     def _left_threads(self) -> set[threading.Thread]:
         return self.threads - {self._host} if self._host else self.threads
-
-
-def describe(value: BaseException | str) -> str:
-    """An exception in one line, with its type."""
-    if isinstance(value, str):
-        return value
-    text = str(value)
-    return f"{type(value).__name__}: {text}" if text else type(value).__name__
 
 
 class CancelHandle:

@@ -1,6 +1,6 @@
 """How items move: the decorators that make stages, the operators, and the nodes that they become in a run.
 
-- `stage`, `decorators`: a function with options, and how to declare one
+- `definition`, `decorators`: a function with options, and how to declare one
 - `control`: what a handler may return instead of an output
 - `desk`: books what became of each item
 - `chain`: neighbouring plain functions, run as one; `crew`: loop workers; `pool`: threads and processes
@@ -13,8 +13,8 @@ from workers.retry import Retry
 
 from .control import SKIP, KillSwitch
 from .decorators import PathChoice, as_stage, mix_pool, stage, work_pool
+from .definition import Stage, StageOptions
 from .operators import batch, filter, flat_map, map, pipe, take, tap
-from .stage import Stage, StageOptions
 
 __all__ = [
     "SKIP",

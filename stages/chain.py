@@ -7,6 +7,7 @@ ordinary output (an error, a skip, a coroutine) leaves the burst and is finished
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
@@ -19,7 +20,7 @@ from pipeline.pace import Pacer
 from pipeline.protocols import Seat, Wires
 from pipeline.result import Err
 from workers.base import HandlerKind, WorkerState, is_pending
-from workers.loop import LoopPerformer
+from workers.loop import LoopPerformer, is_being_cancelled
 
 from .burst import compile_burst, failed_step, only_computes, step_at_work
 from .control import SKIP, KillSwitch, Last, PlainTypes
@@ -33,6 +34,10 @@ _BURST = 1024
 """Items in one burst, at most."""
 _SHORT, _LONG = 0.0001, 0.00025
 """Seconds: a burst that takes less may grow, one that takes more shrinks."""
+
+
+_FAILURES = (Exception, asyncio.CancelledError)
+"""A plain function cannot be interrupted by a cancellation: one that it raises is made up, and its failure."""
 
 
 class _Step:
@@ -60,7 +65,7 @@ class _Unusual:
 
     __slots__ = ("error", "index", "item", "result")
 
-    def __init__(self, index: int, item: Any, result: Any, error: Exception | None) -> None:
+    def __init__(self, index: int, item: Any, result: Any, error: BaseException | None) -> None:
         self.index = index
         self.item = item
         self.result = result
@@ -167,7 +172,7 @@ class ChainNode:
             started = perf_counter()
             try:
                 result, error = step.call(value), None
-            except Exception as caught:
+            except _FAILURES as caught:
                 result, error = None, caught
             step.clock(perf_counter() - started, weight)
             if error is not None or not self._plain.has(result):
@@ -193,7 +198,7 @@ class ChainNode:
             return True, None
         progress = _Progress(lot, len(steps))
         stopped: tuple[int, Any, Any] | None = None
-        error: Exception | None = None
+        error: BaseException | None = None
         runtime = self._wires.runtime
         runtime.burst = partial(self._book_midway, progress)
         began = perf_counter()
@@ -207,7 +212,7 @@ class ChainNode:
                 progress.skipped,
                 *self._calls,
             )
-        except Exception as caught:
+        except _FAILURES as caught:
             place = failed_step(caught, self._trusted)
             if place is None:
                 raise  # not a step's: the loop itself is at fault
@@ -290,7 +295,9 @@ class ChainNode:
         if is_pending(result):
             try:
                 result = await result
-            except Exception as error:
+            except _FAILURES as error:
+                if is_being_cancelled(error):
+                    raise
                 await desk.failed(Err.of(error, item=item, stage=desk.name), emit)
                 return
         if isinstance(result, Last):
@@ -309,11 +316,11 @@ class ChainNode:
             began = perf_counter()
             try:
                 result, error = step.call(value), None
-            except Exception as caught:
+            except _FAILURES as caught:
                 result, error = None, caught
             step.clock(perf_counter() - began)
             await self._treat(_Unusual(index, value, result, error))
-        return not self._wires.outlet.closed
+        return not self._wires.outlet.closed and not any(other.desk.stopped for other in self._steps)
 
     async def _flow_many(self, value: Any, step: _Step, emit: Callable[[Any], Any]) -> None:
         """One item, any number of outputs, each going all the way before the next is made."""
@@ -340,18 +347,22 @@ class ChainNode:
                 if isinstance(output, Last):
                     self._ended = True
                     output = output.value
-                if not await emit(output) or (self._ended and output is not None):
+                if not await emit(output):
+                    return  # nobody takes it any more: the item is in flight, and becomes `cancelled`
+                if self._ended:
                     break
                 if pace.due():
                     await pace.rest()
-        except Exception as error:
+        except _FAILURES as error:
+            if is_being_cancelled(error):
+                raise
             failure = Err.of(error, item=value, stage=desk.name)
         finally:
             generator.close()
         step.clock(seconds)
         if failure is not None:
             await desk.failed(failure, emit)
-        elif not self._wires.runtime.cancelled:
+        else:
             desk.counters.succeeded += 1
 
     def _emitter(self, index: int) -> Callable[[Any], Any]:

@@ -15,7 +15,7 @@ from pipeline.pace import Pacer
 from pipeline.protocols import Seat, Wires
 from pipeline.result import Err
 from workers.base import HandlerKind, Outcome, WorkerState, is_pending
-from workers.loop import LoopPerformer
+from workers.loop import LoopPerformer, is_being_cancelled
 from workers.pooled import DONE, PARTIAL_LIMIT, Job
 
 from .control import SKIP, KillSwitch
@@ -138,8 +138,7 @@ class CrewNode:
 
     async def _made_up(self, error: asyncio.CancelledError, item: Any) -> None:
         """A cancellation that nobody asked for is the handler's failure; any other goes on."""
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
+        if is_being_cancelled(error):
             raise error
         await self._desk.failed(Err.of(error, item=item, stage=self._desk.name), self._wires.outlet.put)
 
@@ -213,8 +212,7 @@ class CrewNode:
             if watch.awaits(result):
                 result = await result
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if is_being_cancelled(error):
                 raise
             job.outcome = _failure(error)
         except Exception as error:

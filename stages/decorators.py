@@ -15,8 +15,8 @@ from workers.placement import Placement
 from workers.retry import Retry
 
 from .control import KillSwitch, Skip
+from .definition import Stage, StageOptions
 from .fork import forked
-from .stage import Stage, StageOptions
 
 __all__ = ["PathChoice", "as_stage", "mix_pool", "stage", "work_pool"]
 

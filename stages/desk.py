@@ -17,8 +17,8 @@ from pipeline.errors import PipelineError
 from pipeline.observe.logs import RateLimitedLog
 from pipeline.policy import ErrorPolicy, FailureRule
 from pipeline.protocols import Seat, Wires
-from pipeline.result import Err
-from pipeline.runtime import StopLevel, StopRequest, describe
+from pipeline.result import Err, describe
+from pipeline.runtime import StopLevel, StopRequest
 
 from .control import SKIP, KillSwitch, PlainTypes
 
@@ -50,6 +50,7 @@ class Desk:
         self._failures = RateLimitedLog(pipeline=wires.runtime.name, stage=seat.name)
         self._lags = RateLimitedLog(10.0, pipeline=wires.runtime.name, stage=seat.name)
         self._last: Err | None = None
+        wires.runtime.at_end.append(self._failures.flush)
 
     # --- an item's end
 
@@ -144,9 +145,8 @@ class Desk:
         self._runtime.fail(err, origin=f"{what} of stage {self.name!r}", code=f"{what}_failed", level=StopLevel.ABORT)
 
     def close(self) -> None:
-        """The stage's input has ended: judge shares, and log what was held back."""
+        """The stage's input has ended: judge shares."""
         self._check_limit(ended=True)
-        self._failures.flush()
 
     def _check_limit(self, *, ended: bool) -> None:
         rule, counters = self.rule, self.counters

@@ -17,7 +17,7 @@ from pipeline.result import Err
 from workers.base import Handler, HandlerKind, WorkerState
 
 from .control import KillSwitch
-from .stage import Stage, StageOptions
+from .definition import Stage, StageOptions
 
 __all__ = ["forked"]
 

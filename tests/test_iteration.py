@@ -345,7 +345,6 @@ def test_synchronously_what_was_produced_before_a_failure_is_delivered_then_the_
     assert_balanced(caught.value.report)
 
 
-# BUG: a pool goes on delivering what comes after the item that stopped the pipeline
 @pytest.mark.parametrize("run_in", ["loop", "thread", "process"])
 async def test_what_a_stage_produced_before_it_raised_is_delivered(run_in: str) -> None:
     @stage(run_in=run_in, on_error=ErrorPolicy.RAISE, ordered=True)
@@ -537,7 +536,6 @@ def test_ctrl_c_during_iter_closes_everything_and_is_raised(tmp_path: Path, grou
     assert (finished.code, finished.err) == (0, "")
 
 
-# BUG: Thread.join, interrupted on 3.11 and 3.12, takes the thread for ended
 def test_a_second_ctrl_c_during_iter_does_not_wait_for_the_abort_grace(tmp_path: Path) -> None:
     program_text = """
         import asyncio
@@ -569,7 +567,6 @@ def test_a_second_ctrl_c_during_iter_does_not_wait_for_the_abort_grace(tmp_path:
     assert finished.err == ""
 
 
-# BUG: hangs for ever on 3.13; now and then a traceback on stderr on 3.12
 @pytest.mark.parametrize("run_in", ["loop", "thread", "process"])
 def test_a_program_that_ends_in_the_middle_of_an_iteration_exits_quietly(tmp_path: Path, run_in: str) -> None:
     program_text = f"""

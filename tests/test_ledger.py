@@ -688,7 +688,7 @@ class TestWhenNothingStopsTheRun:
         nested=st.integers(0, 5),
         max_buffer=st.sampled_from([1, 3, 64]),
     )
-    @profile(250)
+    @profile(80)
     def test_every_count_and_every_output_is_what_arithmetic_says(
         self, chain: list[Plan], length: int, kind: str, how: str, nested: int, max_buffer: int
     ) -> None:
@@ -723,7 +723,7 @@ class TestWhenNothingStopsTheRun:
         kind=st.sampled_from(SOURCES),
         how=consumers,
     )
-    @profile(120)
+    @profile(40)
     def test_take_gives_the_first_items_and_the_rest_is_in_the_ledger(
         self, chain: list[Plan], amount: int, where: int, length: int, kind: str, how: str
     ) -> None:
@@ -825,7 +825,7 @@ class TestWhenTheRunIsStopped:
         moment=st.integers(1, 80),
         max_buffer=st.sampled_from([1, 3, 64]),
     )
-    @profile(300)
+    @profile(90)
     def test_the_books_balance_when_it_stops_at_any_pull_or_call(
         self, chain: list[Plan], length: int, kind: str, how: str, nested: int, what: str, moment: int, max_buffer: int
     ) -> None:
@@ -846,7 +846,7 @@ class TestWhenTheRunIsStopped:
         what=st.sampled_from([stop for stop in STOPS if stop != "kill switch"]),
         steps=st.integers(0, 60),
     )
-    @profile(200)
+    @profile(60)
     def test_the_books_balance_when_it_stops_at_any_step_of_the_loop(
         self, chain: list[Plan], length: int, kind: str, how: str, what: str, steps: int
     ) -> None:
@@ -875,7 +875,7 @@ class TestWhenTheRunIsStopped:
         steps=st.integers(0, 60),
         again=st.one_of(st.none(), st.integers(0, 3)),
     )
-    @profile(150)
+    @profile(40)
     def test_the_books_balance_when_the_waiting_task_is_cancelled(
         self, chain: list[Plan], length: int, kind: str, how: str, steps: int, again: int | None
     ) -> None:
@@ -919,7 +919,7 @@ class TestWhenTheRunIsStopped:
         limit=st.integers(1, 12),
         max_buffer=st.sampled_from([1, 3, 64]),
     )
-    @profile(200)
+    @profile(60)
     def test_an_iteration_that_is_left_early_has_got_what_was_delivered(
         self, chain: list[Plan], length: int, kind: str, how: str, limit: int, max_buffer: int
     ) -> None:
@@ -945,7 +945,7 @@ class TestWhenTheRunIsStopped:
         how=consumers,
         nested=st.integers(0, 5),
     )
-    @profile(200)
+    @profile(60)
     def test_the_books_balance_when_a_stage_raises(
         self, chain: list[Plan], raising: int, length: int, kind: str, how: str, nested: int
     ) -> None:
@@ -970,7 +970,7 @@ class TestWhenTheRunIsStopped:
         chain=st.lists(plans(kinds=(*ONE_TO_ONE, *MANY, "batch"), policies=QUIET), min_size=0, max_size=3),
         how=consumers,
     )
-    @profile(80)
+    @profile(30)
     def test_the_books_balance_when_the_source_raises(
         self, length: int, bad: int, kind: str, chain: list[Plan], how: str
     ) -> None:
@@ -1008,7 +1008,7 @@ class TestADrain:
         how=consumers,
         moment=st.integers(1, 60),
     )
-    @profile(120)
+    @profile(40)
     def test_loses_nothing_that_was_pulled(self, chain: list[Plan], kind: str, how: str, moment: int) -> None:
         chain = [plan for number, plan in enumerate(chain) if plan.kind != "batch" or number == _first(chain, "batch")]
         stopper = Stopper("drain", moment)
@@ -1043,7 +1043,7 @@ class TestProcessStages:
         stop=st.one_of(st.none(), st.sampled_from(["cancel", "drain", "force"])),
         moment=st.integers(1, 40),
     )
-    @profile(12)
+    @profile(6)
     def test_the_books_balance_with_a_process_stage_in_the_middle(
         self,
         before: Plan,

@@ -740,7 +740,6 @@ async def test_a_reason_object_is_kept_as_it_is() -> None:
     assert stopped(await run).reasons == (reason,)
 
 
-# BUG: code= is dropped when the reason is a CancelReason
 async def test_a_code_given_beside_a_reason_object_is_not_ignored() -> None:
     gate = Gate()
     pipeline = gated(gate)
@@ -842,7 +841,6 @@ async def test_a_drain_lets_an_async_source_clean_up() -> None:
     assert source.closed
 
 
-# BUG: every drain request cancels the source's task once more
 async def test_a_second_drain_does_not_interrupt_the_clean_up_of_an_async_source() -> None:
     source = _AsyncSource()
     pipeline = Pipeline(source.items) >> stage(abs)
@@ -857,7 +855,6 @@ async def test_a_second_drain_does_not_interrupt_the_clean_up_of_an_async_source
     assert source.closed
 
 
-# BUG: a drain cancels the source's task whatever it is doing
 async def test_a_drain_does_not_interrupt_the_closing_of_an_async_source_that_has_ended() -> None:
     closing, may_close = asyncio.Event(), asyncio.Event()
 
@@ -1186,7 +1183,7 @@ async def test_the_source_is_closed_when_a_stage_fails() -> None:
     assert source.closed.is_set()
 
 
-# BUG: what is still starting when the run ends is forgotten: its descriptors stay open
+# BUG: when the loop closes while a worker starts, what was opened for it stays open
 async def test_a_worker_process_that_is_still_starting_when_the_run_is_killed_is_not_left_behind() -> None:
     pipeline = Pipeline(range(10)) >> stage(run_in="process", concurrency=2)(abs)
     run = asyncio.create_task(pipeline.run())
@@ -1195,7 +1192,6 @@ async def test_a_worker_process_that_is_still_starting_when_the_run_is_killed_is
     stopped(await run)
 
 
-# BUG: the same, and its process lives as long as the program
 def test_a_worker_process_whose_start_outlasts_the_loop_is_not_left_behind(tmp_path: Path) -> None:
     # The fork server is cold in a new program: its start takes longer than the graces.
     program = """

@@ -102,7 +102,6 @@ async def test_a_generator_may_yield_any_number_of_outputs(kind: str, run_in: st
     assert (report.pulled, report.stages[0].succeeded, report.delivered) == (4, 4, 204)
 
 
-# BUG: Line.waiting counts a job twice (threads), and the stage stalls for ever
 @EVERYWHERE
 @pytest.mark.parametrize("concurrency", [1, 3])
 async def test_ordered_generators_keep_the_order_of_all_outputs(run_in: str, concurrency: int) -> None:
@@ -155,7 +154,6 @@ async def test_concurrency_is_the_number_of_items_in_work_at_once(run_in: str, t
     assert ok(await run).delivered == 30
 
 
-# BUG: the first process that is ready gets items which then wait behind its own, while others are idle
 @EVERYWHERE
 async def test_as_many_items_as_workers_are_all_in_work(run_in: str, tmp_path: Path) -> None:
     # The three wait for one another: none may be held behind another one while a worker is idle.
@@ -174,7 +172,6 @@ async def test_as_many_items_as_workers_are_all_in_work(run_in: str, tmp_path: P
     assert ok(await pipeline.run()).failed == 0
 
 
-# BUG: a process may keep a finished result until the next item is done
 @APART
 async def test_a_finished_result_does_not_wait_for_the_item_behind_it(run_in: str, tmp_path: Path) -> None:
     go = Flag(tmp_path / "go")
@@ -243,7 +240,6 @@ async def test_each_worker_has_a_state_of_its_own(run_in: str) -> None:
     assert {name for name, _, _ in result} == {"count"}
 
 
-# BUG: the event loop of an async setup that raises in a thread is never closed
 @EVERYWHERE
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["plain", "async"])
 async def test_a_setup_that_raises_fails_the_run_and_leaves_nothing_open(run_in: str, asynchronous: bool) -> None:
@@ -262,7 +258,6 @@ async def test_a_setup_that_raises_fails_the_run_and_leaves_nothing_open(run_in:
     assert "setup" in result.reasons[0].message
 
 
-# BUG: a process takes it for its parent hanging up
 @EVERYWHERE
 async def test_a_setup_that_raises_a_broken_pipe_error_is_reported_as_that(run_in: str) -> None:
     def broken(state: Any) -> None:
@@ -417,7 +412,6 @@ async def test_an_attempt_that_overran_is_tried_again(run_in: str) -> None:
     assert pipeline.snapshot().stages[0].retried == 1
 
 
-# BUG: in threads and processes the clock goes on, and the worker is given up
 @EVERYWHERE
 async def test_the_wait_between_two_attempts_does_not_count_as_an_attempts_time(run_in: str) -> None:
     def flaky(item: int, state: Any) -> tuple[int, int]:
@@ -431,7 +425,6 @@ async def test_the_wait_between_two_attempts_does_not_count_as_an_attempts_time(
     assert pipeline.snapshot().stages[0].timed_out == 0
 
 
-# BUG: in threads and processes the clock goes on
 @EVERYWHERE
 @pytest.mark.parametrize("kind", ["generator", "async generator"])
 async def test_waiting_for_room_does_not_count_as_an_attempts_time(kind: str, run_in: str) -> None:
@@ -519,7 +512,6 @@ async def test_instances_of_a_class_defined_in_a_function_go_to_processes_and_ba
     assert [point.x for point in result] == [2, 3]
 
 
-# BUG: not for a main program without a file (-c, a notebook)
 @pytest.mark.parametrize("run_as", ["a file", "a module", "-c"])
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_a_dataclass_of_the_main_program_keeps_its_identity_through_a_process(tmp_path: Path, run_as: str, method: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from .base import Handler, HandlerKind, Outcome, WorkerState, is_pending
 
-__all__ = ["LoopPerformer", "Send"]
+__all__ = ["LoopPerformer", "Send", "is_being_cancelled"]
 
 Send = Callable[[Any], Awaitable[bool]]
 """Hands on one of many outputs; False ends the generator."""
@@ -70,10 +70,9 @@ class LoopPerformer:
                     result = self.call(item)
                     outcome.value = await clock.bounded(result) if is_pending(result) else result
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if is_being_cancelled(error):
                 raise
-            outcome.error = error  # nobody has cancelled this task: the handler made it up
+            outcome.error = error
         except Exception as error:
             outcome.error, outcome.timed_out = error, clock.expired
         outcome.seconds = clock.seconds
@@ -119,6 +118,14 @@ class LoopPerformer:
                         except StopAsyncIteration:
                             return
                     yield output
+
+
+def is_being_cancelled(error: BaseException) -> bool:
+    """Whether this is a cancellation of the current task, which must go on; one that nobody asked for is a failure."""
+    if not isinstance(error, asyncio.CancelledError):
+        return False
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 class _Clock:

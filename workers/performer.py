@@ -121,6 +121,8 @@ class Performer:
             return Outcome(error=stop)
         except BaseException as error:
             # BaseException: a handler's SystemExit must fail its item, not end the worker with other items in hand.
+            if self._expired and isinstance(error, TimeoutError):
+                error = TimeoutError(f"the attempt took more than {self._handler.timeout:g} s")
             return Outcome(error=error, trace=traceback.format_exc(), timed_out=self._expired and isinstance(error, TimeoutError))
 
     def _send_all(self, outputs: Any) -> None:

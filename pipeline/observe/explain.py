@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ..result import describe
+
 if TYPE_CHECKING:
     from ..metrics import StageMetrics
     from ..report import RunReport
@@ -88,7 +90,7 @@ def _stage_lines(stage: StageMetrics) -> Iterator[str]:
 
 def _error_lines(report: RunReport) -> Iterator[str]:
     kinds = Counter(
-        (err.stage or "source", err.value if isinstance(err.value, str) else f"{type(err.value).__name__}: {err.value}")
+        (err.stage or "source", describe(err.value))
         for err in report.errors
     )
     for (stage, text), number in kinds.most_common(5):

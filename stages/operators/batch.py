@@ -18,7 +18,7 @@ from pipeline.policy import ErrorPolicy
 from pipeline.protocols import Node, Seat, StageLike, Wires
 from pipeline.result import Err
 
-from ..stage import DEFAULT_CAPACITY
+from ..definition import DEFAULT_CAPACITY
 
 __all__ = ["batch"]
 

@@ -11,7 +11,7 @@ from pipeline.protocols import Node, Seat, Wires
 from workers.base import WorkerState
 
 from ..control import Last
-from ..stage import Stage, StageOptions
+from ..definition import Stage, StageOptions
 
 __all__ = ["take"]
 

@@ -13,7 +13,7 @@ from workers.base import Handler, HandlerKind, WorkerState, describe_function
 
 from ..control import SKIP
 from ..decorators import Answer, Function, stage
-from ..stage import Stage
+from ..definition import Stage
 
 __all__ = ["filter", "flat_map", "map", "tap"]
 
@@ -30,7 +30,7 @@ def map(fn: Callable[..., Any], **options: Any) -> Stage[Any, Any]:
     return _declare("map", fn, fn, options)
 
 
-def filter(fn: Function[In, Awaitable[object]] | Function[In, object], **options: Any) -> Stage[In, In]:
+def filter(fn: Function[In, object], **options: Any) -> Stage[In, In]:
     """The items for which `fn` is true; the others count as skipped. Options as for `stage`."""
     inner = _single("filter", fn)
     call = inner.function

@@ -50,13 +50,17 @@ JobEntry = tuple[int, int, Packed]
 def main(down: ChildEnd, up: ChildEnd, words: SharedWords, handler: bytes, stage: str, number: int) -> None:
     """The process's whole life. `down` and `up` are its ends of the pipes, `words` the shared memory."""
     # Ctrl-C in a terminal reaches the whole group; what it means is the parent's decision.
+    # SIGTERM may be meant for the whole group as well, and a drain shall lose nothing: it counts once the parent has
+    # told this process to stop.
+    child = _Child(down, up, words, stage, number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, child.terminate)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     # A daemon process may not have children; a handler may.
     config: dict[str, Any] = mp_process.current_process()._config
     config["daemon"] = False
-    _Child(down, up, words, stage, number).live(handler)
+    child.live(handler)
 
 
 class _Child:
@@ -72,6 +76,7 @@ class _Child:
         self._results: list[tuple[int, Any]] = []
         self._flushed = 0.0
         self._writing = threading.RLock()
+        self._let_go = False
         self._batches_in = self._batches_done = 0
         self._job = 0
         self._performer: Performer | None = None
@@ -80,6 +85,11 @@ class _Child:
         self._state = WorkerState(stage, number, self)
 
     # --- the main thread
+
+    def terminate(self, *_: object) -> None:
+        """SIGTERM: end at once, if the parent has let go of this process."""
+        if self.cancelled or self._let_go:
+            os._exit(128 + signal.SIGTERM)
 
     def live(self, handler: bytes) -> None:
         threading.Thread(target=self._read, name="reader", daemon=True).start()
@@ -201,6 +211,7 @@ class _Child:
                 os._exit(1)  # the parent is gone: nobody wants what this process could still do
             chunk = os.read(self._down, _CHUNK)
             if not chunk:
+                self._let_go = True
                 break
             for kind, content in reader.feed(chunk):
                 self._obey(kind, content)

@@ -12,6 +12,7 @@ import fcntl
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -100,12 +101,12 @@ class WorkerLink:
                 name=f"{self._runtime.name}/{self._name}",
                 daemon=True,
             )
-            with _starting, _interrupts_blocked(), _main_hidden():
+            with _starting, _signals_blocked(), _main_hidden():
                 if self._context.get_start_method() == "forkserver":
                     self._context.set_forkserver_preload(_PRELOAD)
                 process.start()
         except BaseException as error:
-            self._runtime.call_soon_threadsafe(self._start_failed, error)
+            self._runtime.call_soon_threadsafe(self._start_failed, _explained(error))
         else:
             if not self._runtime.call_soon_threadsafe(self._started, process):
                 _discard(process)
@@ -231,6 +232,15 @@ class WorkerLink:
             os.close(descriptor)
 
 
+def _explained(error: BaseException) -> BaseException:
+    if isinstance(error, OSError) and "AF_UNIX path too long" in str(error):
+        return PipelineError(
+            f"the fork server's socket cannot be made: the path of the directory for temporary files, {tempfile.gettempdir()!r}, "
+            'is too long; set TMPDIR to a shorter one, or use run_in=InProcess(start_method="spawn")'
+        )
+    return error
+
+
 def _discard(process: Any) -> None:
     """End a process that was started for a run that is over."""
     process.kill()
@@ -247,14 +257,15 @@ def _pipe() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _interrupts_blocked() -> Any:
+def _signals_blocked() -> Any:
     # Inherited by the fork server and its children, until they have set their own handling: a Ctrl-C that reaches a
-    # worker while it starts must not print a traceback there.
+    # worker while it starts must not print a traceback there, and a SIGTERM to the whole group must not end the fork
+    # server, which tells how its children fare.
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     resource_tracker.ensure_running()  # first, for its start ends with unblocking SIGINT
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:

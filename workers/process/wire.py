@@ -18,6 +18,7 @@ import struct
 import sys
 import tempfile
 import types
+import warnings
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, cast
@@ -141,7 +142,10 @@ def pack_handler(stage: str, handler: Handler) -> bytes:
     """A handler as bytes; `StageConfigError` when it cannot travel to a process."""
     sendable = _Sendable(handler)
     try:
-        return dill.dumps(sendable, byref=main_is_importable(), recurse=True)
+        with warnings.catch_warnings():
+            # dill warns that a class of `__main__` goes by name; the worker has that module.
+            warnings.simplefilter("ignore", dill.PicklingWarning)
+            return dill.dumps(sendable, byref=main_is_importable(), recurse=True)
     except Exception as error:
         raise StageConfigError(
             f"the handler of stage {stage!r} cannot be sent to a worker process: {type(error).__name__}: {error}. "

@@ -110,8 +110,8 @@ class Stage(Generic[In, Out]):
         functions = [handler.function for handler in self._handlers]
         return type(self)(functions, dataclasses.replace(self.options, **changes))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__wrapped__(*args, **kwargs)
+    def __call__(self, item: In, /, *args: Any, **kwargs: Any) -> Any:
+        return self.__wrapped__(item, *args, **kwargs)
 
     def __rshift__(self, other: StageLike[Out, Next]) -> Pipeline[Next]:
         """Stages joined without a source: a pipeline to put after a source, or into another pipeline."""
