@@ -14,7 +14,7 @@ import asyncio
 import concurrent.futures
 import contextvars
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
@@ -396,7 +396,7 @@ class CancelHandle:
     def __bool__(self) -> bool:
         return self._took_effect
 
-    def __await__(self) -> Any:
+    def __await__(self) -> Generator[Any, Any, RunReport | Err]:
         return self._wait().__await__()
 
     async def _wait(self) -> RunReport | Err:

@@ -32,6 +32,8 @@ _SAMPLE = 1024
 """Items between two that are timed one by one; slow ones are all timed."""
 _BURST = 1024
 """Items in one burst, at most."""
+_WATCHED = 2048
+"""Items timed one by one after a burst in which somebody held the loop."""
 _SHORT, _LONG = 0.0001, 0.00025
 """Seconds: a burst that takes less may grow, one that takes more shrinks."""
 
@@ -100,7 +102,7 @@ class ChainNode:
         self._untimed = 0
         """Items since the last that was timed by itself."""
         self._careful = 0
-        """So many of the next items have an error of an earlier stage among them."""
+        """So many of the next items go one by one: an error is among them, or somebody has held the loop."""
         self._ended = False
 
     async def run(self) -> None:
@@ -235,7 +237,8 @@ class ChainNode:
         return True, _Unusual(index, value, result, error)
 
     def _lagged(self, seconds: float) -> None:
-        """Somebody held the loop in the middle of a burst; the next items are timed one by one and tell who."""
+        """Somebody held the loop in the middle of a burst; the next items are timed one by one and may tell who."""
+        self._careful = _WATCHED
         if len(self._steps) == 1:
             self._steps[0].desk.lagged(seconds)
         else:

@@ -159,6 +159,8 @@ class CrewNode:
             return await outlet.put(output)
 
         outcome = await performer.perform(item, send)
+        if outcome.held > LAG:
+            desk.lagged(outcome.held)
         counters = desk.counters
         counters.retried += outcome.retried
         counters.latency.add(outcome.seconds)
@@ -235,6 +237,8 @@ class CrewNode:
         if performer.handler.kind.many:
             job.grant = lambda _: left.set()
         outcome = await performer.perform(job.item, send)
+        if outcome.held > LAG:
+            self._desk.lagged(outcome.held)
         if outcome.error is not None:
             outcome.trace = Err.of(outcome.error).trace
         return outcome

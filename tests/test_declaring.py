@@ -895,7 +895,7 @@ class TestPools:
 
     def test_a_mix_pool_without_handlers_is_refused(self) -> None:
         with pytest.raises(StageConfigError, match="handlers"):
-            mix_pool()(lambda: [])
+            mix_pool()(list)
 
     def test_as_stage_makes_a_stage_and_leaves_one_as_it_is(self) -> None:
         made = as_stage(_add_later.__wrapped__ if hasattr(_add_later, "__wrapped__") else _with_default)

@@ -49,10 +49,7 @@ def profile(examples: int) -> settings:
 
 # --- the laws, in our own words
 
-_COUNTS = (
-    "received processed succeeded failed passed dropped emitted_errors sided raised retried timed_out lost cancelled "
-    "skipped emitted in_flight queued discarded"
-).split()
+_COUNTS = ["received", "processed", "succeeded", "failed", "passed", "dropped", "emitted_errors", "sided", "raised", "retried", "timed_out", "lost", "cancelled", "skipped", "emitted", "in_flight", "queued", "discarded"]
 
 
 def broken_laws(account: Any, *, closed: bool) -> list[str]:
@@ -176,10 +173,7 @@ def _hurried_threads() -> Iterator[None]:
 
 # --- random sources
 
-SOURCES = (
-    "list range generator iterator iterable async_generator async_iterator factory factory_async factory_coroutine "
-    "pipeline aiostream"
-).split()
+SOURCES = ["list", "range", "generator", "iterator", "iterable", "async_generator", "async_iterator", "factory", "factory_async", "factory_coroutine", "pipeline", "aiostream"]
 
 
 class Source:

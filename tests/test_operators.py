@@ -137,10 +137,8 @@ class TestFlatMap:
             twice,
             twice_async,
             twice_later,
-            lambda item: twice_async(item),
-            lambda item: twice_later(item),
         ],
-        ids=["list", "iterator", "generator", "async generator", "coroutine", "returns an async iterable", "returns a coroutine"],
+        ids=["list", "iterator", "generator", "async generator", "coroutine"],
     )
     @pytest.mark.parametrize("run_in", ["loop", "thread"])
     async def test_every_element_of_what_the_function_returns_goes_on(self, fn: Any, run_in: str) -> None:
@@ -151,6 +149,14 @@ class TestFlatMap:
         assert isinstance(report, RunReport)
         row = report.stage("f")
         assert (row.received, row.succeeded, row.emitted, row.failed) == (9, 9, 0, 0)
+
+    @pytest.mark.parametrize("fn", [lambda item: twice_async(item), lambda item: twice_later(item)])
+    @pytest.mark.parametrize("run_in", ["loop", "thread"])
+    async def test_something_to_await_from_a_plain_function_fails_the_item_with_advice(self, fn: Any, run_in: str) -> None:
+        report = await (Pipeline([1]) >> flat_map(fn, run_in=run_in)).run()
+        assert isinstance(report, RunReport)
+        assert report.failed == 1
+        assert "async function itself" in str(report.errors[0].value)
 
     async def test_what_cannot_be_iterated_fails_the_item(self) -> None:
         pipeline = Pipeline([1, 2]) >> flat_map(lambda item: item, on_error=ErrorPolicy.EMIT)

@@ -130,6 +130,8 @@ class Outcome:
     seconds: float = 0.0
     timed_out: bool = False
     lost: bool = False
+    held: float = 0.0
+    """Seconds that the longest uninterrupted call held the loop; 0.0 where it does not run in the loop."""
     many: bool = field(default=False)
     """The outputs were sent one by one; `value` means nothing."""
 

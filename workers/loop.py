@@ -47,14 +47,15 @@ class LoopPerformer:
     async def perform(self, item: Any, send: Send) -> Outcome:
         """Call the handler until it succeeds or its retries are used up. `seconds` is the handler's own time."""
         handler, state = self.handler, self.state
-        attempt, seconds = 1, 0.0
+        attempt, seconds, held = 1, 0.0, 0.0
         while True:
             state.attempt = attempt
             outcome = await self._attempt(item, send)
             seconds += outcome.seconds
+            held = max(held, outcome.held)
             delay = None if outcome.error is None else handler.retry.delay(attempt, outcome.error)
             if delay is None:
-                outcome.attempts, outcome.retried, outcome.seconds = attempt, attempt - 1, seconds
+                outcome.attempts, outcome.retried, outcome.seconds, outcome.held = attempt, attempt - 1, seconds, held
                 return outcome
             await asyncio.sleep(delay)
             attempt += 1
@@ -68,6 +69,8 @@ class LoopPerformer:
             else:
                 with clock.running():
                     result = self.call(item)
+                clock.note_held()
+                with clock.running():
                     outcome.value = await clock.bounded(result) if is_pending(result) else result
         except asyncio.CancelledError as error:
             if is_being_cancelled(error):
@@ -76,6 +79,7 @@ class LoopPerformer:
         except Exception as error:
             outcome.error, outcome.timed_out = error, clock.expired
         outcome.seconds = clock.seconds
+        outcome.held = clock.held
         if outcome.error is None and clock.overrun and not outcome.many:
             # A plain function cannot be interrupted; that it came back too late is still too late.
             outcome.error, outcome.timed_out = clock.error(), True
@@ -105,6 +109,7 @@ class LoopPerformer:
                             output = next(generator)
                         except StopIteration:
                             return
+                    clock.note_held()
                     if clock.overrun:
                         raise clock.error()
                     yield output
@@ -131,17 +136,22 @@ def is_being_cancelled(error: BaseException) -> bool:
 class _Clock:
     """Counts the time of one attempt, and ends an await that takes more than what is left of it."""
 
-    __slots__ = ("_began", "_limit", "expired", "seconds")
+    __slots__ = ("_began", "_limit", "expired", "held", "seconds")
 
     def __init__(self, limit: float | None) -> None:
         self._limit = limit
         self._began = 0.0
         self.seconds = 0.0
+        self.held = 0.0
         self.expired = False
+
+    def note_held(self) -> None:
+        """What ran last ran without giving the loop away."""
+        self.held = max(self.held, perf_counter() - self._began)
 
     @contextlib.contextmanager
     def running(self) -> Any:
-        began = perf_counter()
+        self._began = began = perf_counter()
         try:
             yield
         finally:

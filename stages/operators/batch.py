@@ -9,23 +9,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from math import isfinite
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from pipeline.channel import EMPTY
 from pipeline.errors import StageConfigError
 from pipeline.pace import Pacer
 from pipeline.policy import ErrorPolicy
-from pipeline.protocols import Node, Seat, StageLike, Wires
+from pipeline.protocols import Node, Seat, Wires
 from pipeline.result import Err
 
 from ..definition import DEFAULT_CAPACITY
 
-__all__ = ["batch"]
+__all__ = ["BatchStage", "batch"]
 
 T = TypeVar("T")
 
 
-def batch(size: int, *, within: float | None = None, buffer: int | None = None, name: str | None = None) -> StageLike[T, list[T]]:
+def batch(size: int, *, within: float | None = None, buffer: int | None = None, name: str | None = None) -> BatchStage:
     """Lists of `size` items; shorter ones at the end of the stream, and `within` seconds after a batch's first item.
 
     Without `within` a batch waits until it is full or the stream ends. Errors of earlier stages pass at once.
@@ -36,11 +36,11 @@ def batch(size: int, *, within: float | None = None, buffer: int | None = None, 
         raise StageConfigError(f"within is a number of seconds, more than 0, not {within!r}")
     if buffer is not None and (isinstance(buffer, bool) or not isinstance(buffer, int) or buffer < 0):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise StageConfigError(f"buffer is a number of items, 0 or more, not {buffer!r}")
-    return _Batch(size, within, DEFAULT_CAPACITY if buffer is None else buffer, name or "batch")
+    return BatchStage(size, within, DEFAULT_CAPACITY if buffer is None else buffer, name or "batch")
 
 
-class _Batch(Generic[T]):
-    """The definition."""
+class BatchStage:
+    """The definition of `batch(size)`: a stage from any type to lists of it."""
 
     fusable = False
 

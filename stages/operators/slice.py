@@ -13,12 +13,21 @@ from workers.base import WorkerState
 from ..control import Last
 from ..definition import Stage, StageOptions
 
-__all__ = ["take"]
+__all__ = ["TakeStage", "take"]
 
 T = TypeVar("T")
 
 
-def take(n: int) -> Stage[T, T]:
+class TakeStage(Stage[Any, Any]):
+    """The definition of `take(n)`: a stage from any type to the same."""
+
+    __slots__ = ()
+
+    def accepts(self, item: T, /) -> T:
+        raise AssertionError("for the type checker only, never called")
+
+
+def take(n: int) -> TakeStage:
     """The first `n` items; then the stages before it and the source are stopped, and the run completes.
 
     What they had pulled beyond that is in the ledger, as cancelled or discarded.
@@ -33,14 +42,14 @@ def take(n: int) -> Stage[T, T]:
         state.values["taken"] = taken
         return Last(item) if taken == n else item
 
-    return Stage([count], StageOptions(name="take"))
+    return TakeStage([count], StageOptions(name="take"))
 
 
 def _pass(item: Any) -> Any:
     return item
 
 
-class _TakeNothing(Stage[T, T]):
+class _TakeNothing(TakeStage):
     """Ends at once, before anything is pulled."""
 
     __slots__ = ()

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, I
 from typing import Any, TypeVar, cast, overload
 
 from pipeline.errors import StageConfigError
-from workers.base import Handler, HandlerKind, WorkerState, describe_function
+from workers.base import Handler, HandlerKind, WorkerState, describe_function, is_pending
 
 from ..control import SKIP
 from ..decorators import Answer, Function, stage
@@ -42,10 +42,11 @@ def filter(fn: Function[In, object], **options: Any) -> Stage[In, In]:
         return _declare("filter", fn, keep_later, options)
 
     def keep_by_state(item: Any, state: WorkerState) -> Any:
-        return item if call(item, state) else SKIP
+        return _kept(item, call(item, state))
 
     def keep(item: Any) -> Any:
-        return item if call(item) else SKIP
+        verdict = call(item)
+        return item if verdict is True else _kept(item, verdict)
 
     return _declare("filter", fn, keep_by_state if inner.takes_state else keep, options)
 
@@ -55,8 +56,8 @@ def tap(fn: Function[In, object], **options: Any) -> Stage[In, In]:
     inner = _single("tap", fn)
 
     def look(item: Any, state: WorkerState) -> Any:
-        inner.call(item, state)
-        return item
+        seen = inner.call(item, state)
+        return _after(seen, item) if is_pending(seen) else item
 
     async def look_later(item: Any, state: WorkerState) -> Any:
         await inner.call(item, state)
@@ -72,7 +73,10 @@ def flat_map(fn: Function[In, Awaitable[Iterable[Out]]], **options: Any) -> Stag
 @overload
 def flat_map(fn: Function[In, Iterable[Out]], **options: Any) -> Stage[In, Out]: ...
 def flat_map(fn: Callable[..., Any], **options: Any) -> Stage[Any, Any]:
-    """All elements of what `fn` returns for each item: an iterable, an async iterable, or a coroutine of one."""
+    """All elements of what `fn` returns for each item. Options as for `stage`.
+
+    `fn` is a function that returns an iterable, or a generator, a coroutine or an async generator function.
+    """
     inner = Handler.of(fn)
     if inner.kind.many:
         return _declare("flat_map", fn, fn, options)
@@ -85,9 +89,30 @@ def flat_map(fn: Callable[..., Any], **options: Any) -> Stage[Any, Any]:
         return _declare("flat_map", fn, spread_later, options)
 
     def spread(item: Any, state: WorkerState) -> Iterator[Any]:
-        yield from inner.call(item, state)
+        elements = inner.call(item, state)
+        if is_pending(elements) or isinstance(elements, AsyncIterable):
+            close = getattr(elements, "close", None)
+            if close is not None:
+                close()
+            raise TypeError("flat_map got something to await from a plain function; give it the async function itself")
+        yield from elements
 
     return _declare("flat_map", fn, spread, options)
+
+
+def _kept(item: Any, verdict: Any) -> Any:
+    if is_pending(verdict):
+        return _kept_later(item, verdict)
+    return item if verdict else SKIP
+
+
+async def _kept_later(item: Any, verdict: Awaitable[Any]) -> Any:
+    return item if await verdict else SKIP
+
+
+async def _after(seen: Awaitable[Any], item: Any) -> Any:
+    await seen
+    return item
 
 
 def _single(operator: str, fn: Any) -> Handler:

@@ -55,9 +55,9 @@ parse >> parse  # expect: str
 numbers >> op.batch(3) >> maybe  # expect: int
 wrong: Pipeline[str] = Pipeline(["a"]) >> parse  # expect: Pipeline
 also_wrong: Stage[int, int] = parse  # expect: Stage
-Pipeline(3)  # expect: int
+Pipeline(3)  # expect: source
 stage(concurrency="3")  # expect: concurrency
-stage(unknown=3)  # expect: unknown
+stage(unknown=3)  # expect: overloads
 stage(on_error="DROP")  # expect: on_error
 Pipeline([1], on_error=3)  # expect: on_error
 stage(on_error=ErrorPolicy.DROP)
