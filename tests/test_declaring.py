@@ -597,7 +597,7 @@ class TestRefusals:
     def test_concurrency_is_a_number_from_one(self, value: Any) -> None:
         with pytest.raises(StageConfigError, match="concurrency"):
             stage(concurrency=value)
-        with pytest.raises(StageConfigError, match="concurrency|whole number"):
+        with pytest.raises(StageConfigError, match=r"concurrency|whole number"):
             work_pool(num_workers=value)(lambda item: item)
 
     @pytest.mark.parametrize("value", [-1, 1.5, "2", False])
@@ -738,7 +738,7 @@ class TestRefusals:
         before = (set(threading.enumerate()), set(multiprocess.active_children()))
         first = stage(setup=lambda state: touched.append("setup"))(lambda item: item)
         pipeline = Pipeline(source, cancel_on=[trigger]) >> first >> stage(run_in="process", name="far", **options)(handler)
-        with pytest.raises(StageConfigError, match="'far'.*cannot be sent to a worker process"):
+        with pytest.raises(StageConfigError, match=r"'far'.*cannot be sent to a worker process"):
             await pipeline.run()
         with pytest.raises(StageConfigError):
             list(pipeline.iter())

@@ -44,7 +44,7 @@ def busy(source: Any) -> Pipeline[Any]:
 async def into(seen: list[Any], outputs: Any) -> None:
     """Add what comes, up to an exception; a comprehension would forget it."""
     async for item in outputs:
-        seen.append(item)  # noqa: PERF401
+        seen.append(item)
 
 
 def left(pipeline: Pipeline[Any]) -> None:

@@ -57,9 +57,7 @@ def broken_laws(account: Any, *, closed: bool) -> list[str]:
     broken: list[str] = []
     arriving = account.pulled
     for row in account.stages:
-        for name in _COUNTS:
-            if getattr(row, name) < 0:
-                broken.append(f"{row.name}.{name} = {getattr(row, name)}")
+        broken += [f"{row.name}.{name} = {getattr(row, name)}" for name in _COUNTS if getattr(row, name) < 0]
         if row.received != row.processed + row.cancelled + row.in_flight:
             broken.append(f"{row.name}: received {row.received} != {row.processed} + {row.cancelled} + {row.in_flight}")
         if row.processed != row.succeeded + row.failed + row.passed:
@@ -1237,6 +1235,26 @@ class TestSingleLaws:
         report = await pipeline.run()
         assert isinstance(report, RunReport)
         assert (report.stage("doubled").received, report.stage("doubled").emitted, report.stage("after").received) == (5, 10, 10)
+
+    def test_what_waits_for_a_synchronous_consumer_that_leaves_is_not_delivered(self) -> None:
+        """Even when the run is closed before the consumer's thread gets to its next line."""
+        pipeline = Pipeline(range(10)) >> stage(lambda item: item)
+        iteration = pipeline.iter()
+        got = [next(iteration)]
+        while pipeline.snapshot().undelivered < 9:
+            pass
+        runtime = pipeline.runtime
+        request_stop = runtime.request_stop
+
+        def stop_and_see_it_close(request: Any) -> bool:
+            effect = request_stop(request)
+            runtime.closed.result(10)
+            return effect
+
+        runtime.request_stop = stop_and_see_it_close  # type: ignore[method-assign]
+        iteration.close()
+        snapshot = pipeline.snapshot()
+        assert (snapshot.delivered, snapshot.discarded) == (len(got), 9)
 
     async def test_throughput_and_times_are_never_negative_and_latencies_are_in_order(self) -> None:
         @stage(concurrency=4)

@@ -49,6 +49,7 @@ JobEntry = tuple[int, int, Packed]
 
 def main(down: ChildEnd, up: ChildEnd, words: SharedWords, handler: bytes, stage: str, number: int) -> None:
     """The process's whole life. `down` and `up` are its ends of the pipes, `words` the shared memory."""
+    os.environ.pop("PYTHONSAFEPATH", None)  # it was for this process's start, not for what a handler starts
     # Ctrl-C in a terminal reaches the whole group; what it means is the parent's decision.
     # SIGTERM may be meant for the whole group as well, and a drain shall lose nothing: it counts once the parent has
     # told this process to stop.

@@ -7,6 +7,7 @@ read before it is declared gone.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import fcntl
 import os
@@ -14,8 +15,10 @@ import signal
 import sys
 import tempfile
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import multiprocess
@@ -27,18 +30,40 @@ from pipeline.runtime import PipelineRuntime, ProcessLike
 from . import child
 from .wire import ChildEnd, Frame, FrameReader, SharedWords, frame, main_is_importable
 
-__all__ = ["WorkerLink"]
+__all__ = ["WorkerLink", "program_is_ending"]
 
+_SAFE_PATH = "PYTHONSAFEPATH"
 _CHUNK = 1 << 18
 _PIPE_SIZE = 1 << 20
+_NOT_YET: Any = object()
 _REAP = 1.0
 """Seconds for a killed process to be reaped."""
-_PRELOAD = ["asyncio", "dill", "structlog", "aiostream", "multiprocess.connection", "multiprocess.reduction"]
+_PRELOAD = ["workers.process.child", "asyncio", "dill", "multiprocess.connection", "multiprocess.reduction"]
 """Imported once by the fork server, so that a worker starts in a few milliseconds."""
 
 _multiprocess: Any = multiprocess  # its functions are made at import, out of a type checker's sight
 _starting = threading.Lock()
 """Starting a process changes the signal mask and, the first time, starts the fork server: one at a time."""
+
+
+_ending = threading.Event()
+_alive: weakref.WeakSet[WorkerLink] = weakref.WeakSet()
+
+
+def _end_with_program() -> None:
+    # A run that nobody has closed. Its workers would take the SIGTERM that multiprocess sends now for one to the whole
+    # group, and multiprocess would wait for them for ever.
+    _ending.set()
+    for link in list(_alive):
+        link.kill()
+
+
+atexit.register(_end_with_program)  # after multiprocess has registered its own, and so run before it
+
+
+def program_is_ending() -> bool:
+    """Whether the interpreter is on its way out, and workers that end are not to be replaced."""
+    return _ending.is_set()
 
 
 class WorkerLink:
@@ -75,6 +100,9 @@ class WorkerLink:
         self._child_ends = (ChildEnd(child_in), ChildEnd(child_out))
         self._open = {self._down, self._up}
         self._reading = False
+        self._lock = threading.Lock()
+        self._launched: Any = _NOT_YET
+        self._taken = self._disowned = False
 
     @property
     def words(self) -> memoryview:
@@ -91,6 +119,7 @@ class WorkerLink:
             )
             self._start_failed(error)
             return
+        self._runtime.at_end.append(self._disown)
         self._runtime.start_thread(self._launch, name=f"{self._name}:start")
 
     def _launch(self) -> None:
@@ -104,25 +133,56 @@ class WorkerLink:
             with _starting, _signals_blocked(), _main_hidden():
                 if self._context.get_start_method() == "forkserver":
                     self._context.set_forkserver_preload(_PRELOAD)
-                process.start()
+                with _safe_path():
+                    process.start()
         except BaseException as error:
-            self._runtime.call_soon_threadsafe(self._start_failed, _explained(error))
+            self._hand_over(None, partial(self._start_failed, _explained(error)))
         else:
-            if not self._runtime.call_soon_threadsafe(self._started, process):
-                _discard(process)
+            self._hand_over(process, partial(self._started, process))
+
+    def _hand_over(self, process: Any, callback: Callable[[], None]) -> None:
+        """From the starting thread to the loop; if the run has ended without it, everything is given back here."""
+        with self._lock:
+            self._launched = process
+            if not self._disowned and self._runtime.call_soon_threadsafe(callback):
+                return
+            self._disowned = True
+        self._give_back()
+
+    def _disown(self) -> None:
+        """The run is over. A process that was started for it and has not been taken over belongs to nobody."""
+        with self._lock:
+            if self._taken or self._disowned:
+                return
+            self._disowned = True
+            if self._launched is _NOT_YET:
+                return  # the starting thread will see it
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._launched not in (None, _NOT_YET):
+            _discard(self._launched)
+        self._close_child_ends()
+        for descriptor in list(self._open):
+            self._close(descriptor)
+        self._words.close()
+
+    def _take_over(self) -> bool:
+        with self._lock:
+            self._taken = not self._disowned
+            return self._taken
 
     def _start_failed(self, error: BaseException) -> None:
-        self._close_child_ends()
-        self._release()
-        asyncio.get_running_loop().call_soon(self._on_end, self, None, error)
-
-    def _started(self, process: Any) -> None:
-        if self._runtime.ended is not None:  # nobody waits for it any more
-            _discard(process)
+        if self._take_over():
             self._close_child_ends()
             self._release()
+            asyncio.get_running_loop().call_soon(self._on_end, self, None, error)
+
+    def _started(self, process: Any) -> None:
+        if not self._take_over():
             return
         self._process = process
+        _alive.add(self)
         # Only the worker has these now: when it dies, our reading end sees the end.
         self._close_child_ends()
         os.set_blocking(self._down, False)
@@ -150,7 +210,7 @@ class WorkerLink:
 
     def kill(self) -> None:
         """End the process without asking it."""
-        if self._process is not None:
+        if self._process is not None and self in _alive:
             self._process.kill()
 
     def _write(self) -> None:
@@ -210,6 +270,7 @@ class WorkerLink:
                 self._on_frame(self, kind, content)
         self.last_item, self.last_attempt = self.words[SharedWords.ITEM], self.words[SharedWords.ATTEMPT]
         exit_code: int | None = self._process.exitcode
+        _alive.discard(self)
         self._release()
         self._process.close()
         self._on_end(self, exit_code, None)
@@ -270,6 +331,20 @@ def _signals_blocked() -> Any:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _safe_path() -> Any:
+    # The fork server imports this package by name; a folder in the current directory must not take its place.
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = before
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from pipeline.errors import WorkerLostError
 
 from ..base import Handler, HandlerKind, Outcome
 from ..pooled import HOLD_LIMIT, Job, Order
-from .link import WorkerLink
+from .link import WorkerLink, program_is_ending
 from .wire import Frame, SharedWords, pack, pack_handler, unpack
 
 __all__ = ["ProcessExecutor"]
@@ -234,7 +234,7 @@ class ProcessExecutor:
     def _ended(self, link: WorkerLink, exit_code: int | None, error: BaseException | None) -> None:
         """A worker is gone, its last results are in, and its descriptors are closed."""
         load = self._workers.pop(link)
-        if not self._aborted:
+        if not (self._aborted or program_is_ending()):
             if load.jobs or not self._closing:
                 self._bury(link, load, exit_code, error)
             self._order.ready()
@@ -257,7 +257,7 @@ class ProcessExecutor:
         self._hand_out()
 
     def _replace(self) -> None:
-        if not (self._aborted or self._closing or self._hopeless is not None):
+        if not (self._aborted or self._closing or self._hopeless is not None or program_is_ending()):
             self._hire()
 
     def _take_back(self, link: WorkerLink, load: _Load, exit_code: int | None) -> None:
