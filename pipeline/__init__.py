@@ -3,8 +3,9 @@
 The rooms:
 
 - `pipeline`: the definition. `run`: one run of it. `assembly`: its nodes and edges. `shutdown`: the phases of its end
-- `runtime`: owns every task, thread and process of a run, and the reasons to stop; `lifecycle`: the states
-- `source`, `channel`, `sink`, `bridge`, `host`: how items come in, move, and go out
+- `runtime`: owns every task, thread and process of a run, and the reasons to stop; `handle`: what `cancel()` returns;
+  `lifecycle`: the states
+- `source`, `feeds`, `channel`, `lot`, `sink`, `bridge`, `host`: how items come in, move, and go out
 - `metrics`, `report`: the ledger; `policy`, `result`, `errors`: what becomes of failures
 - `cancellation`: reasons, scopes and triggers; `observe`: logs and the report in words
 - `interop`: aiostream operators; `protocols`: what a stage must offer; `pace`: fairness

@@ -13,12 +13,13 @@ from itertools import count
 from typing import Any, Protocol
 
 from .channel import EMPTY, Channel
+from .feeds import Feed
 from .metrics import Counters, Ledger, read_ledger
 from .pace import Pacer
 from .policy import ErrorPolicy
 from .protocols import Inlet, Node, Outlet, Seat, StageLike, Wires
 from .runtime import PipelineRuntime
-from .source import Feed, Source
+from .source import Source
 
 _BARE_CAPACITY = 64
 """Size of the only edge of a pipeline without stages, in items."""

@@ -25,6 +25,7 @@ from .cancellation.reason import CancelReason, CancelType
 from .cancellation.triggers import Trigger
 from .channel import EMPTY
 from .errors import PipelineCancelled, PipelineError, PipelineFailed, StageConfigError
+from .handle import CancelHandle
 from .host import run_in_thread
 from .interop import is_stream_operator, stream_stage
 from .lifecycle import Grace, PipelineState
@@ -34,7 +35,7 @@ from .protocols import StageLike
 from .report import RunReport
 from .result import Err
 from .run import Run
-from .runtime import CancelHandle, PipelineRuntime, StopLevel, StopRequest
+from .runtime import PipelineRuntime, StopLevel, StopRequest
 from .sink import BufferSink, CollectingSink, DiscardingSink
 from .source import Source, as_source
 

@@ -14,7 +14,7 @@ import asyncio
 import concurrent.futures
 import contextvars
 import threading
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
@@ -22,7 +22,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from .cancellation.reason import CancelReason, CancelType
-from .errors import PipelineError
 from .lifecycle import Grace, PipelineState
 from .result import Err, describe
 
@@ -383,44 +382,3 @@ class PipelineRuntime:
 
     def _left_threads(self) -> set[threading.Thread]:
         return self.threads - {self._host} if self._host else self.threads
-
-
-class CancelHandle:
-    """What `cancel()` returns: truthy when that call began or escalated the stop; awaitable for the run's result."""
-
-    def __init__(self, took_effect: bool, closed: concurrent.futures.Future[RunReport | Err], runtime: PipelineRuntime | None) -> None:
-        self._took_effect = took_effect
-        self._closed = closed
-        self._runtime = runtime
-
-    def __bool__(self) -> bool:
-        return self._took_effect
-
-    def __await__(self) -> Generator[Any, Any, RunReport | Err]:
-        return self._wait().__await__()
-
-    async def _wait(self) -> RunReport | Err:
-        self._refuse_inside()
-        if self._closed.done():
-            return self._closed.result()
-        # Shielded: giving up the wait must not cancel the future that everybody else waits for.
-        return await asyncio.shield(asyncio.wrap_future(self._closed))
-
-    def result(self, timeout: float | None = None) -> RunReport | Err:
-        """Wait in a thread (not on an event loop) until everything is closed; `TimeoutError` after `timeout` seconds."""
-        self._refuse_inside()
-        return self._closed.result(timeout)
-
-    def _refuse_inside(self) -> None:
-        runtime = self._runtime
-        if runtime is None or self._closed.done():
-            return
-        try:
-            task = asyncio.current_task()
-        except RuntimeError:
-            task = None
-        if (task is not None and task in runtime.tasks) or threading.current_thread() in runtime.threads:
-            raise PipelineError(
-                "a stage of the pipeline cannot wait for the pipeline to close: it would wait for itself. "
-                "Call cancel() without awaiting it, or return KillSwitch(reason)"
-            )

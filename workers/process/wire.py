@@ -11,6 +11,7 @@ The rules kept here:
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import pickle
@@ -107,10 +108,8 @@ def pack(value: Any, *, by_value: bool = False) -> Packed:
     if type(value) in _SCALARS:
         return (False, value)
     if not by_value:
-        try:
+        with contextlib.suppress(Exception):  # whatever the reason, dill has a say before the item fails
             return (True, pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
-        except Exception:  # whatever the reason, dill has a say before the item fails
-            pass
     return (True, dill.dumps(value, recurse=True))
 
 
@@ -126,12 +125,9 @@ class RemoteError(PipelineError):
 
 def portable(error: BaseException) -> BaseException:
     """The exception itself if it survives the way to the parent, else a `RemoteError` that describes it."""
-    try:
-        copy = pickle.loads(pickle.dumps(error, pickle.HIGHEST_PROTOCOL))
-        if type(copy) is type(error):
+    with contextlib.suppress(Exception):  # its own pickling code may raise anything
+        if type(pickle.loads(pickle.dumps(error, pickle.HIGHEST_PROTOCOL))) is type(error):
             return error
-    except Exception:  # an exception's own pickling code may raise anything
-        pass
     return RemoteError(f"{type(error).__name__}: {error}")
 
 

@@ -1,0 +1,393 @@
+"""A source at work in one run: read in place, pulled in a task, or pulled in a thread.
+
+The rules kept here:
+
+- Nothing is pulled that there is no room for: beyond the buffers, at most one item is in the source's hand.
+- What was opened is closed, on the thread that drove it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+import queue
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from functools import partial
+from operator import length_hint
+from typing import Any, Protocol, cast
+
+from aiostream.core import BaseStream, Streamer, streamcontext
+
+from .channel import EMPTY, Channel
+from .lot import Lot, Meter
+from .metrics import Counters
+from .protocols import Inlet
+from .result import Err
+from .runtime import PipelineRuntime
+
+__all__ = ["Feed", "PromptFeed", "WaitingFeed"]
+
+_EXACT_ITERATORS: frozenset[type] = frozenset(type(iter(example)) for example in (range(0), "", "ä", b""))
+"""Iterators over what cannot change, nor hold an error: how far they got can be read off their `__length_hint__`."""
+
+
+class Feed(Protocol):
+    """A source at work in one run."""
+
+    inlet: Inlet
+
+    @property
+    def done(self) -> bool: ...
+    def start(self) -> None: ...
+    def stop(self) -> None:
+        """Pull nothing more; what has been pulled goes on."""
+        ...
+
+    def abort(self) -> None:
+        """Stop at once."""
+        ...
+
+    def settle(self) -> None:
+        """After the run: book as discarded what was pulled and could not be passed on."""
+        ...
+
+
+class PromptFeed:
+    """Reads an iterator in place, when an item is asked for: no task, no queue. It is an inlet itself."""
+
+    def __init__(self, origin: Any, runtime: PipelineRuntime, up: Counters, down: Counters) -> None:
+        self._iterator: Iterator[Any] = iter(origin)
+        self._direct = type(self._iterator) in _EXACT_ITERATORS
+        self._ahead: deque[Any] = deque()
+        """Items of a lot that were not taken after all; only for iterators that cannot be read in place."""
+        self._runtime = runtime
+        self._up = up
+        self._down = down
+        self.ended = False
+        self.inlet: Inlet = self
+
+    @property
+    def done(self) -> bool:
+        return True
+
+    def start(self) -> None:
+        pass
+
+    def pop(self) -> Any:
+        if self.ended:
+            return EMPTY
+        try:
+            item = self._ahead.popleft() if self._ahead else next(self._iterator)
+        except StopIteration:
+            self.ended = True
+            return EMPTY
+        except Exception as error:
+            self._failed(error)
+            return EMPTY
+        self._up.emitted += 1
+        self._down.received += 1
+        return item
+
+    def lot(self, limit: int) -> Lot | None:
+        """Up to `limit` items for a synchronous loop; None at the end."""
+        if self.ended:
+            return None
+        if self._direct:
+            return Lot(itertools.islice(self._iterator, limit), cast("Meter", self._iterator))
+        ahead = self._ahead
+        try:
+            # No further than what is known to be there: a list may grow while it is read, and asking past its end ends it.
+            more = min(limit - len(ahead), length_hint(self._iterator, limit))
+            ahead.extend(itertools.islice(self._iterator, max(more, 0)))
+            if not ahead:
+                ahead.append(next(self._iterator))
+        except StopIteration:
+            pass
+        except Exception as error:
+            self._failed(error)
+        self.ended = not ahead
+        iterator = iter(ahead)
+        return Lot(iterator, cast("Meter", iterator), ahead) if ahead else None
+
+    def count_lot(self, lot: Lot) -> None:
+        """Count what was taken since the last look."""
+        fresh = lot.fresh()
+        self._up.emitted += fresh
+        self._down.received += fresh
+
+    def close_lot(self, lot: Lot) -> None:
+        """Count what was taken; the rest is still the iterator's."""
+        self.count_lot(lot)
+        taken = lot.taken
+        if self._direct:
+            self.ended = self.ended or not lot.left
+        elif taken == len(self._ahead):
+            self._ahead.clear()
+        else:
+            for _ in range(taken):
+                self._ahead.popleft()
+
+    def _failed(self, error: Exception) -> None:
+        # A collection that changed while it was iterated.
+        self.ended = True
+        self._runtime.fail(Err.of(error, stage="source"), origin="source", code="source_error")
+
+    async def wait_items(self) -> bool:
+        return not self.ended
+
+    def release(self, reserved: int) -> None:
+        pass
+
+    def stop(self) -> None:
+        self.ended = True
+
+    abort = stop
+
+    def settle(self) -> None:
+        """What was read ahead was not pulled as far as anyone can tell: the collection is still there."""
+
+
+class WaitingFeed:
+    """Drives an iterator that may wait: an async one in a task, any other in a thread."""
+
+    def __init__(self, origin: Any, runtime: PipelineRuntime, channel: Channel) -> None:
+        self._origin = origin
+        self._runtime = runtime
+        self._channel = channel
+        self.inlet: Inlet = channel
+        self._stopping = False
+        self._pulling = True
+        self._hand: _Hand | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def done(self) -> bool:
+        return self._task is not None and self._task.done()
+
+    def start(self) -> None:
+        self._task = self._runtime.start_task(self._run(), name="source", group=-1)
+        self._task.add_done_callback(lambda _: self._channel.finish())
+
+    def stop(self) -> None:
+        if self._stopping:
+            return
+        self._stopping = True
+        if self._hand is not None:
+            self._hand.stop()  # the thread still hands over what it has pulled
+        elif self._pulling and self._task is not None:
+            self._task.cancel()  # only out of the wait for an item: closing the iterator is left in peace
+
+    def abort(self) -> None:
+        self._stopping = True
+        if self._hand is not None:
+            self._hand.stop()
+        self._channel.abort()
+
+    def settle(self) -> None:
+        if self._hand is not None:
+            self._discard(self._hand.leftover())
+
+    def _discard(self, items: int) -> None:
+        self._channel.up.emitted += items
+        self._channel.down.discarded += items
+
+    async def _run(self) -> None:
+        try:
+            iterable = await self._open()
+            if isinstance(iterable, AsyncIterable):
+                await self._pull_async(iterable)
+            else:
+                await self._pull_in_thread(iterable)
+        except Exception as error:
+            self._fail(error)
+
+    async def _open(self) -> AsyncIterable[Any] | Iterable[Any]:
+        """The iterable itself, or what the source function returns for this run."""
+        made = self._origin
+        if isinstance(made, (AsyncIterable, Iterable)):
+            return cast("Any", made)
+        made = made()
+        if inspect.isawaitable(made) and not isinstance(made, AsyncIterable):  # an aiostream stream is both
+            made = await made
+        if not isinstance(made, (AsyncIterable, Iterable)):
+            raise TypeError(f"the source function returned {type(made).__name__}, which cannot be iterated")
+        return cast("Any", made)
+
+    def _fail(self, error: BaseException) -> None:
+        self._runtime.fail(Err.of(error, stage="source"), origin="source", code="source_error")
+
+    # --- async iterables, in this task
+
+    async def _pull_async(self, iterable: AsyncIterable[Any]) -> None:
+        iterator: AsyncIterator[Any]
+        if isinstance(iterable, BaseStream) and not isinstance(iterable, Streamer):
+            iterator = streamcontext(iterable)
+            await iterator.__aenter__()
+            close: Callable[[], Any] | None = partial(iterator.__aexit__, None, None, None)
+        else:
+            iterator = aiter(iterable)
+            close = getattr(iterator, "aclose", None)
+        try:
+            await self._forward(iterator)
+        finally:
+            if close is not None:
+                await close()
+
+    async def _forward(self, iterator: AsyncIterator[Any]) -> None:
+        channel = self._channel
+        try:
+            while not self._stopping and await channel.wait_room():
+                item = await anext(iterator)
+                if channel.closed:
+                    self._discard(1)
+                    return
+                channel.put_nowait(item)
+        except StopAsyncIteration:
+            return
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise
+            # The drain's own cancellation, spent here: the iterator is closed by the caller, in peace.
+        finally:
+            self._pulling = False
+
+    # --- everything else, in a thread
+
+    async def _pull_in_thread(self, iterable: Iterable[Any]) -> None:
+        self._hand = hand = _Hand(iterable, self._runtime)
+        if self._stopping:
+            hand.stop()
+        self._runtime.start_thread(hand.pull, name="source")
+        channel = self._channel
+        while not hand.finished:
+            if self._stopping:
+                # A thread that is blocked inside next() is not waited for: it is named in the report if it stays so.
+                if not await hand.wait_arrival(self._runtime.grace.abort):
+                    return
+            elif hand.outstanding == 0 and channel.room() <= 0:
+                if not await channel.wait_room():
+                    return
+                continue
+            else:
+                hand.allow(channel.room())
+                await hand.wait_arrival(None)
+            while hand.items:
+                if not await channel.wait_room():
+                    return
+                channel.put_nowait(hand.next())
+        if hand.error is not None:
+            self._fail(hand.error)
+
+
+class _Hand:
+    """The thread that pulls, and what it holds for the loop.
+
+    The loop grants a number of items; the thread pulls that many without asking again and appends them to a deque. The
+    loop is woken only when it waits: many items cost one wake-up, and a lone item is never held back.
+    """
+
+    def __init__(self, iterable: Iterable[Any], runtime: PipelineRuntime) -> None:
+        self._iterable = iterable
+        self._runtime = runtime
+        self._grants: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._granted = 0
+        self._arrived = 0
+        self._stopped = False
+        self._ended = False
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._counted = False
+        self.items: deque[Any] = deque()
+        self.error: BaseException | None = None
+
+    # the loop's side
+
+    def allow(self, room: int) -> None:
+        """Let the thread pull as many items as there is room for, beyond those it may already."""
+        outstanding = self.outstanding
+        if room > outstanding and (outstanding == 0 or (room - outstanding) * 2 >= room):
+            self._granted += room - outstanding
+            self._grants.put(room - outstanding)
+
+    @property
+    def outstanding(self) -> int:
+        """Items granted that have not been passed on yet."""
+        return self._granted - self._arrived
+
+    def next(self) -> Any:
+        self._arrived += 1
+        return self.items.popleft()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._grants.put(0)
+
+    @property
+    def finished(self) -> bool:
+        return self._ended and not self.items
+
+    async def wait_arrival(self, seconds: float | None) -> bool:
+        """Until there is an item, or the thread has ended; False when time is up. A stop cancels this task."""
+        assert self._runtime.loop is not None
+        while not self.items and not self._ended:
+            waiter: asyncio.Future[None] = self._runtime.loop.create_future()
+            self._waiters.append(waiter)
+            if not self.items and not self._ended:  # looked at again: the thread may have passed in between
+                await asyncio.wait((waiter,), timeout=seconds)
+                if not waiter.done():
+                    return False
+            self._waiters.clear()
+        return True
+
+    def leftover(self) -> int:
+        """How many items the thread has pulled that went nowhere; counted once."""
+        count = 0 if self._counted else len(self.items)
+        self._counted = True
+        return count
+
+    def _wake(self, waiter: asyncio.Future[None]) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    # the thread's side
+
+    def pull(self) -> None:
+        """Pull as granted, close what was opened, and say that it is over."""
+        try:
+            iterator = iter(self._iterable)
+            try:
+                self._pull_granted(iterator)
+            finally:
+                close = getattr(iterator, "close", None)
+                if close is not None:
+                    close()
+        except Exception as error:
+            self.error = error
+        finally:
+            self._ended = True
+            self._ring()
+
+    def _pull_granted(self, iterator: Iterator[Any]) -> None:
+        items = self.items
+        while not self._stopped:
+            for _ in range(self._grants.get()):
+                if self._stopped:
+                    return
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+                items.append(item)
+                if self._waiters:
+                    self._ring()
+
+    def _ring(self) -> None:
+        # Taking the waiter out is atomic, so that one wait costs one call across threads, however many items follow.
+        try:
+            waiter = self._waiters.pop()
+        except IndexError:
+            return
+        self._runtime.call_soon_threadsafe(self._wake, waiter)
+
+
