@@ -104,10 +104,14 @@ class BridgeSink:
         self._aborted = True
         self._wake_both()
 
-    def discard(self) -> None:
-        """The consumer has left: what is buffered goes nowhere. From the consumer's thread."""
+    def leave(self) -> None:
+        """The consumer takes no more. From its thread, before it asks for the stop: the run may close at any moment."""
         with self._lock:
             self._left = True
+
+    def discard(self) -> None:
+        """What is buffered for a consumer that has left goes nowhere; it is kept until the stop is on record."""
+        with self._lock:
             if not self._over:
                 self._drop_rest()
 

@@ -245,6 +245,7 @@ class Pipeline(Generic[T]):
         try:
             yield from cast("Generator[T, None, None]", sink.take())
         except BaseException:
+            sink.leave()
             runtime.request_stop(_iteration_left())
             sink.discard()
             raise
