@@ -223,6 +223,16 @@ class PipelineRuntime:
             raise
         return thread
 
+    def start_process(self, context: Any, target: Callable[..., object], arguments: tuple[Any, ...], *, name: str) -> Any:
+        """Start a process of this run, from one of its threads, for it may take a while; then register it on the loop.
+
+        `context` is one of `multiprocess`, whose types are not declared: hence `Any`. A daemon, so that it never
+        outlives the program.
+        """
+        process = context.Process(target=target, args=arguments, name=f"{self.name}/{name}", daemon=True)
+        process.start()
+        return process
+
     def register_process(self, process: ProcessLike, *, on_end: Callable[[], None] | None = None) -> None:
         """Own a started process: it is terminated, then killed, when the run stops, and reaped when it ends."""
         assert self.loop is not None

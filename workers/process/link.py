@@ -124,17 +124,12 @@ class WorkerLink:
 
     def _launch(self) -> None:
         try:
-            process = self._context.Process(
-                target=child.main,
-                args=(*self._child_ends, self._words, *self._arguments),
-                name=f"{self._runtime.name}/{self._name}",
-                daemon=True,
-            )
+            arguments = (*self._child_ends, self._words, *self._arguments)
             with _starting, _signals_blocked(), _main_hidden():
                 if self._context.get_start_method() == "forkserver":
                     self._context.set_forkserver_preload(_PRELOAD)
                 with _safe_path():
-                    process.start()
+                    process = self._runtime.start_process(self._context, child.main, arguments, name=self._name)
         except BaseException as error:
             self._hand_over(None, partial(self._start_failed, _explained(error)))
         else:
