@@ -276,7 +276,7 @@ class WaitingFeed:
             while hand.items:
                 if not await channel.wait_room():
                     return
-                channel.put_nowait(hand.next())
+                channel.put_many(hand.take(channel.room()))
         if hand.error is not None:
             self._fail(hand.error)
 
@@ -315,9 +315,12 @@ class _Hand:
         """Items granted that have not been passed on yet."""
         return self._granted - self._arrived
 
-    def next(self) -> Any:
-        self._arrived += 1
-        return self.items.popleft()
+    def take(self, limit: int) -> list[Any]:
+        """What has arrived, up to so many."""
+        items = self.items
+        taken = [items.popleft() for _ in range(min(limit, len(items)))]
+        self._arrived += len(taken)
+        return taken
 
     def stop(self) -> None:
         self._stopped = True
@@ -334,7 +337,10 @@ class _Hand:
             waiter: asyncio.Future[None] = self._runtime.loop.create_future()
             self._waiters.append(waiter)
             if not self.items and not self._ended:  # looked at again: the thread may have passed in between
-                await asyncio.wait((waiter,), timeout=seconds)
+                if seconds is None:
+                    await waiter
+                else:
+                    await asyncio.wait((waiter,), timeout=seconds)
                 if not waiter.done():
                     return False
             self._waiters.clear()

@@ -1,7 +1,8 @@
 """A pool of threads that take jobs from one queue.
 
-The rule kept here: jobs are taken one by one from a shared queue, so no item waits behind a slow one while another
-thread is idle; results are collected in a deque, and the loop is woken once for many. A thread cannot be killed: one
+The rule kept here: no item waits behind a slow one while another thread is idle. Quick jobs are queued in bunches, and
+a thread that takes a bunch offers it on at once, so that others take from it too; results are collected in a deque, and
+the loop is woken once for many. A thread cannot be killed: one
 that overruns its time is given up, its item fails, and another thread takes its place.
 """
 
@@ -25,6 +26,8 @@ __all__ = ["ThreadExecutor"]
 
 _TARGET = 0.001
 """Seconds of work that a thread holds ahead, unless `buffer` says how many items."""
+_BUNCH, _BUNCH_LIMIT = 0.0001, 64
+"""Seconds of work, and jobs, in one bunch."""
 _CREDIT_POLL = 0.1
 """Seconds between two looks at the stop token while a generator waits for room."""
 
@@ -34,7 +37,7 @@ class ThreadExecutor:
 
     def __init__(self, order: Order) -> None:
         self.order = order
-        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.bunches: queue.SimpleQueue[deque[Job] | None] = queue.SimpleQueue()
         self._workers: set[_Worker] = set()
         self._started = 0
         self._given = 0
@@ -63,8 +66,9 @@ class ThreadExecutor:
 
     def submit(self, jobs: Sequence[Job]) -> None:
         self._given += len(jobs)
-        for job in jobs:
-            self.jobs.put(job)
+        size = min(max(int(_BUNCH / self._mean), 1), _BUNCH_LIMIT) if self._mean else 1
+        for start in range(0, len(jobs), size):
+            self.bunches.put(deque(jobs[start : start + size]))
         while len(self._workers) < min(self._given, self.order.concurrency):
             self._hire()
         self._watch_clock()
@@ -72,7 +76,7 @@ class ThreadExecutor:
     async def close(self) -> None:
         self._closing = True
         for _ in self._workers:
-            self.jobs.put(None)
+            self.bunches.put(None)
         if self._workers:
             self._all_gone = asyncio.get_running_loop().create_future()
             await self._all_gone  # a `teardown` may take its time; a stop cancels this wait
@@ -84,7 +88,7 @@ class ThreadExecutor:
         self._stop_clock()
         for worker in self._workers:
             worker.interrupt()
-            self.jobs.put(None)
+            self.bunches.put(None)
 
     def _hold(self) -> int:
         """Items that a thread may hold ahead: as `buffer` says, or about a millisecond's work."""
@@ -167,7 +171,7 @@ class ThreadExecutor:
         else:
             job.retried += attempt - job.attempt + 1
             job.attempt = attempt + 1
-            asyncio.get_running_loop().call_later(delay, self.jobs.put, job)
+            asyncio.get_running_loop().call_later(delay, self.bunches.put, deque((job,)))
         self._hire()
         self.order.ready()
 
@@ -258,12 +262,20 @@ class _Worker:
         self._runtime.call_soon_threadsafe(self._executor.gone, self, error, what)
 
     def _work(self) -> None:
-        jobs = self._executor.jobs
+        bunches = self._executor.bunches
         many = self._performer.many
+        bunch: deque[Job] = deque()
         while not self.cancelled:
-            job = jobs.get()
-            if job is None or self.cancelled:
-                return
+            try:
+                job = bunch.popleft()
+            except IndexError:
+                following = bunches.get()
+                if following is None:
+                    return
+                bunch = following
+                if len(bunch) > 1:
+                    bunches.put(bunch)  # whoever is idle takes from it as well
+                continue
             self.job = job
             if many:
                 self._credits, self._credit = queue.SimpleQueue(), PARTIAL_LIMIT
