@@ -155,6 +155,7 @@ async def test_an_exception_in_the_body_leaves_the_iteration_and_comes_through()
         async for _ in pipeline:
             raise KeyError("mine")
     await eventually(lambda: pipeline.snapshot().state is PipelineState.CLOSED)
+    await eventually(lambda: len(asyncio.all_tasks()) == 1)  # the loop's own closing of the generator
     left(pipeline)
     assert source.closed.is_set()
 
