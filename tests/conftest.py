@@ -146,6 +146,7 @@ class _LoopWatch(logging.Handler):
             close(loop)
 
         def cancelled(loop: asyncio.AbstractEventLoop) -> None:
+            _let_closers_finish(loop)
             self._cut_short |= _pending(loop)
             cancel_all(loop)
 
@@ -168,6 +169,14 @@ class _LoopWatch(logging.Handler):
 
 def _pending(loop: asyncio.AbstractEventLoop) -> dict[asyncio.Task[Any], str]:
     return {} if loop.is_closed() else {task: f"task {task!r}" for task in asyncio.all_tasks(loop)}
+
+
+def _let_closers_finish(loop: asyncio.AbstractEventLoop) -> None:
+    """Some passes for the tasks in which the loop itself closes forgotten async generators: nobody else can await them."""
+    for _ in range(50):
+        if not any(type(task.get_coro()).__name__ == "async_generator_athrow" for task in asyncio.all_tasks(loop)):
+            return
+        loop.run_until_complete(asyncio.sleep(0))
 
 
 def _ended(task: asyncio.Task[Any]) -> bool:
