@@ -45,11 +45,6 @@ class LatencySample:
         ring = sorted(self._ring)
         return ring[min(int(share * len(ring)), len(ring) - 1)] if ring else 0.0
 
-    def mean(self) -> float:
-        """The mean of the samples kept; 0.0 without samples."""
-        ring = self._ring
-        return sum(ring) / len(ring) if ring else 0.0
-
 
 class Counters:
     """The counts of one stage in one run. Only grows; only the run's event loop writes."""
@@ -109,7 +104,8 @@ class StageMetrics:
     `received = processed + cancelled + in_flight`; `processed = succeeded + failed + passed`;
     `failed = dropped + emitted_errors + sided + raised`; `lost` and `timed_out` are parts of `failed`;
     `skipped` is a part of `succeeded`. On the edge into the stage, the upstream's `emitted` is
-    `received + queued + discarded`. `capacity` is the size of that edge, 0 where two stages share one loop.
+    `received + queued + discarded`. `capacity` is the size of that edge; between
+    fused stages nothing ever waits in it.
     """
 
     name: str

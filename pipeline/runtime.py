@@ -22,7 +22,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from .cancellation.reason import CancelReason, CancelType
-from .lifecycle import Grace, PipelineState
+from .lifecycle import Grace, PipelineState, may_move
 from .result import Err, describe
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class PipelineRuntime:
             self._cancelled = True
         before = max((r.level for r in requests[: requests.index(request)]), default=StopLevel.NONE)
         self._notify()
-        return request.level > max(before, self._floor)
+        return may_move(_STATE[max(before, self._floor)], _STATE[request.level])
 
     def fail(self, err: Err, *, origin: str, code: str, level: StopLevel = StopLevel.DRAIN, cut: int | None = None) -> None:
         """Stop because of an error: everything up to stage `cut` at once, what is behind it drains for a short while."""

@@ -145,14 +145,14 @@ class CrewNode:
     async def _thorough(self, performer: LoopPerformer, item: Any) -> None:
         """Retries, timeouts, generators."""
         desk, outlet = self._desk, self._wires.outlet
-        exit_: list[Err | KillSwitch] = []
+        ending: list[Err | KillSwitch] = []  # what the generator yielded to end itself
         pace = Pacer()
 
         async def send(output: Any) -> bool:
             if output is SKIP:
                 return True
             if isinstance(output, (Err, KillSwitch)):
-                exit_.append(output)
+                ending.append(output)
                 return False
             if pace.due():
                 await pace.rest()
@@ -164,10 +164,10 @@ class CrewNode:
         counters = desk.counters
         counters.retried += outcome.retried
         counters.latency.add(outcome.seconds)
-        if exit_ and isinstance(exit_[0], KillSwitch):
-            desk.kill(exit_[0])
-        elif exit_:
-            await desk.failed(desk.complete(exit_[0], item, outcome.attempts), outlet.put)  # type: ignore[arg-type]
+        if ending and isinstance(ending[0], KillSwitch):
+            desk.kill(ending[0])
+        elif ending and isinstance(ending[0], Err):
+            await desk.failed(desk.complete(ending[0], item, outcome.attempts), outlet.put)
         elif outcome.error is not None:
             err = Err.of(outcome.error, item=item, stage=desk.name, attempts=outcome.attempts)
             await desk.failed(err, outlet.put, timed_out=outcome.timed_out)
