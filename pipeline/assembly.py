@@ -17,7 +17,7 @@ from .feeds import Feed
 from .metrics import Counters, Ledger, read_ledger
 from .pace import Pacer
 from .policy import ErrorPolicy
-from .protocols import Inlet, Node, Outlet, Seat, StageLike, Wires
+from .protocols import Divisible, Inlet, Node, Outlet, Seat, StageLike, Wires
 from .runtime import PipelineRuntime
 from .source import Source
 
@@ -94,6 +94,8 @@ class Assembly:
         self.seats = seats_for(links)
         self._bare = Counters("pass")
         self._placed: list[_Placed] = []
+        self._cut = -1
+        """The index up to which stages have been stopped."""
         self._feed: Feed = self._open_feed(source)
         self._place_nodes()
 
@@ -161,8 +163,12 @@ class Assembly:
 
     def cut(self, upto: int) -> None:
         """End the source and every stage with an index up to `upto`; what they have already passed on goes on."""
+        self._cut = max(self._cut, upto)
         for placed in self._placed:
-            if placed.last <= upto and not placed.stopped:
+            if placed.seats[0].index <= upto < placed.last and isinstance(placed.node, Divisible):
+                placed.inlet.abort()
+                placed.node.cut(upto)
+            elif placed.last <= upto and not placed.stopped:
                 placed.stopped = True
                 placed.inlet.abort()
                 placed.node.abort()
@@ -186,10 +192,9 @@ class Assembly:
         """
         self._feed.settle()
         for placed in self._placed:
-            if placed.stopped or self.runtime.cancelled:
-                for seat in placed.seats:
-                    counters = seat.counters
-                    counters.cancelled += counters.in_flight
+            for seat in placed.seats:
+                if placed.stopped or seat.index <= self._cut or self.runtime.cancelled:
+                    seat.counters.cancelled += seat.counters.in_flight
         if not self.seats and (self.runtime.cancelled or self._bare.discarded):
             taken = self.sink.counters.received + self.sink.counters.discarded
             self.sink.counters.discarded += self.source_counters.emitted - taken

@@ -166,6 +166,8 @@ class Channel:
             self.down.discarded += len(rest)
         else:
             self._items.extendleft(reversed(rest))
+            if self._getters and self._items:
+                self._wake(self._getters)
         if self._putters:
             self._offer_room()
 

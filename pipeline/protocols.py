@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .policy import ErrorPolicy
     from .runtime import PipelineRuntime
 
-__all__ = ["Inlet", "Node", "Outlet", "Seat", "StageLike", "StopToken", "Wires"]
+__all__ = ["Divisible", "Inlet", "Node", "Outlet", "Seat", "StageLike", "StopToken", "Wires"]
 
 In_contra = TypeVar("In_contra", contravariant=True)
 Out_co = TypeVar("Out_co", covariant=True)
@@ -93,6 +93,15 @@ class Node(Protocol):
 
     def abort(self) -> None:
         """Stop now: synchronous, idempotent. The node's tasks are cancelled right after it returns."""
+        ...
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A node of several stages that can be stopped in part."""
+
+    def cut(self, upto: int) -> None:
+        """Stop the stages with an index up to `upto` at once; what they have passed on goes on."""
         ...
 
 

@@ -78,6 +78,18 @@ class ProcessLike(Protocol):
     def kill(self) -> None: ...
 
 
+class BurstUnderWay(Protocol):
+    """Items being handled as one, and booked when that is over."""
+
+    def book_midway(self) -> None:
+        """Book what is done so far."""
+        ...
+
+    def give_way(self) -> None:
+        """End it, for its handler has suspended."""
+        ...
+
+
 class PipelineRuntime:
     """One run of one pipeline: what it has started, and why it stops. Made by the run itself."""
 
@@ -112,8 +124,8 @@ class PipelineRuntime:
         self._aborted = False
         self._applied = 0
         self._thread = 0
-        self.burst: Callable[[], None] | None = None
-        """Books what a burst under way has done so far; set by the node that runs one."""
+        self.burst: BurstUnderWay | None = None
+        """Set by whoever runs one: what it has done so far is not booked yet."""
 
     # --- why it stops; all of this from any thread
 
@@ -256,7 +268,7 @@ class PipelineRuntime:
     def catch_up(self) -> None:
         """Book what is under way in this very thread: a handler that asks for a snapshot is in it itself."""
         if self.burst is not None and threading.get_ident() == self._thread:
-            self.burst()
+            self.burst.book_midway()
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """The run begins, on this loop and thread."""
@@ -349,6 +361,11 @@ class PipelineRuntime:
         if self.assembly is not None:
             self.assembly.abort()
         self.cancel_tasks()
+
+    def regroup(self, task: asyncio.Task[Any], group: int) -> None:
+        """A task belongs to another stage from now on."""
+        if task in self._groups:
+            self._groups[task] = group
 
     def cancel_tasks(self, upto: int | None = None) -> None:
         """Cancel the stages' tasks: all, or those of the stages with an index up to `upto`."""

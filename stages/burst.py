@@ -1,104 +1,191 @@
-"""The inner loop of fused stages, written out for each number of them.
+"""The inner loop of fused stages, written out for each row of them.
 
 The rule kept here: an ordinary item pays for the user's functions and for nothing else that can be paid per burst. So
 the `try` is outside of the loop, counts are derived from how far the iterator got, and a step that fails is found
 afterwards, from the line that raised.
 
 A step's result is looked at by type, because `SKIP`, `Err`, a coroutine and the like are not outputs. Functions whose
-bytecode only computes (operators on the argument and on constants: no call, no name, no attribute) cannot return such a
-thing, nor cancel the pipeline, and are called without a look.
+bytecode only computes (operators on the argument, constants and variables: no call, no attribute) cannot return such a
+thing, nor cancel the pipeline, nor wait; they are called without a look, each inside of the call of the next.
 """
 
 from __future__ import annotations
 
 import dis
+import inspect
 import sys
 import types
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["Burst", "compile_burst", "failed_step", "only_computes", "step_at_work"]
-
-Burst = Callable[..., "tuple[int, Any, Any] | None"]
-"""Takes (items, put, stop, known, skip, skipped, *functions). None: through. Else (step, its input, its result)."""
+__all__ = ["Burst", "StepKind", "compile_burst", "only_computes"]
 
 _FILE = "<fused stages>"
-_FIRST_CALL = 3
-"""The line of the first step's call."""
 
 _HARMLESS = frozenset(
     ["RESUME", "NOP", "CACHE", "POP_TOP", "SWAP", "COPY", "LOAD_CONST", "LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW", "STORE_FAST", "STORE_FAST_LOAD_FAST", "STORE_FAST_STORE_FAST", "RETURN_VALUE", "RETURN_CONST", "BINARY_OP", "COMPARE_OP", "IS_OP", "CONTAINS_OP", "UNARY_NEGATIVE", "UNARY_NOT", "UNARY_INVERT", "UNARY_POSITIVE", "TO_BOOL", "BUILD_TUPLE", "BUILD_LIST", "BUILD_STRING", "BUILD_MAP", "FORMAT_VALUE", "FORMAT_SIMPLE", "CONVERT_VALUE", "POP_JUMP_IF_FALSE", "POP_JUMP_IF_TRUE", "POP_JUMP_FORWARD_IF_FALSE", "POP_JUMP_FORWARD_IF_TRUE", "JUMP_FORWARD"]
 )
+_OPERATORS = frozenset(
+    ["BINARY_OP", "COMPARE_OP", "IS_OP", "CONTAINS_OP", "UNARY_NEGATIVE", "UNARY_NOT", "UNARY_INVERT", "UNARY_POSITIVE", "BUILD_STRING"]
+)
+"""What makes a value of its own."""
+_VARIABLES = frozenset(["LOAD_GLOBAL", "LOAD_DEREF", "COPY_FREE_VARS", "PUSH_NULL"])
+"""Operands from outside. They are nothing to worry about as long as they are never the result itself."""
+_OF_COROUTINES = frozenset(["RETURN_GENERATOR", "CALL_INTRINSIC_1", "RERAISE"])
+"""What the compiler adds to every `async def`; without an `await` in it, none of this waits."""
+
+
+class StepKind(NamedTuple):
+    """What the loop must know of a step."""
+
+    trusted: bool
+    """It only computes; see `only_computes`."""
+    awaited: bool
+    """It is a coroutine function."""
 
 
 def only_computes(function: Any) -> bool:
-    """Whether the function's code does nothing but operators on its one argument and on constants."""
+    """Whether the function's code does nothing but operators on its one argument, on constants and on variables."""
     if not isinstance(function, types.FunctionType):
         return False
     code = function.__code__
-    if code.co_argcount != 1 or code.co_freevars or code.co_cellvars or code.co_names or code.co_kwonlyargcount:
+    if code.co_argcount != 1 or code.co_cellvars or code.co_kwonlyargcount:
         return False
-    return all(instruction.opname in _HARMLESS for instruction in dis.get_instructions(code))
+    allowed = _HARMLESS | _OF_COROUTINES if code.co_flags & inspect.CO_COROUTINE else _HARMLESS
+    argument = code.co_varnames[0]
+    before, jumps, variables = "", False, False
+    for instruction in dis.get_instructions(code):
+        name = instruction.opname
+        if name in _VARIABLES:
+            variables = True
+        elif name not in allowed:
+            return False
+        jumps = jumps or "JUMP" in name
+        if "STORE_FAST" in name:
+            jumps = True  # a variable may be the result by way of a local one
+            if argument in (instruction.argval, *_as_tuple(instruction.argval)):
+                return False  # the argument is needed as it came, should this fail
+        if name == "RETURN_VALUE" and before not in _OPERATORS:
+            jumps = jumps or before in _VARIABLES
+        before = name
+    return not (variables and jumps)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else ()
+
+
+class Burst:
+    """A compiled loop. `run(items, put, stop, left, known, skip, skipped, note, *functions)`, awaited if `awaits`.
+
+    None: through. Otherwise (step, its input, its result): the rest is the caller's. `left` makes it return after the
+    await that it is in; `note` is called with the time before the first and after each step, when `timed`.
+    """
+
+    __slots__ = ("_steps", "awaits", "run")
+
+    def __init__(self, run: Callable[..., Any], steps: dict[int, int], *, awaits: bool) -> None:
+        self.run = run
+        self.awaits = awaits
+        self._steps = steps
+        """Which step's call stands in a line."""
+
+    def failed_step(self, error: BaseException) -> tuple[int, Any] | None:
+        """Which step's call raised, and its input; None when it was not raised by a step (but by the iterator, say)."""
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename != _FILE:
+            trace = trace.tb_next
+        step = self._steps.get(trace.tb_lineno) if trace is not None else None
+        if trace is None or step is None:
+            return None
+        known = trace.tb_frame.f_locals
+        if f"v{step}" in known:
+            return step, known[f"v{step}"]
+        # A call inside of another's: its argument is in its own frame.
+        inner = trace.tb_next
+        if inner is not None and inner.tb_frame.f_code.co_argcount == 1:
+            return step, inner.tb_frame.f_locals.get(inner.tb_frame.f_code.co_varnames[0])
+        return step, None
+
+    def step_at_work(self, waiting: types.FrameType | None = None) -> int | None:
+        """Which step's call the caller is in, seen from inside of it; or that of a suspended loop, given its frame."""
+        frame = waiting or sys._getframe()
+        while frame.f_code.co_filename != _FILE:
+            if frame.f_back is None:
+                return None
+            frame = frame.f_back
+        return self._steps.get(frame.f_lineno)
 
 
 @cache
-def compile_burst(trusted: tuple[bool, ...], emits: bool) -> Burst:
-    """The loop for so many steps; `trusted` steps are called without a look at their result."""
-    steps = len(trusted)
-    names = ", ".join(f"f{step}" for step in range(steps))
-    lines = [f"def burst(items, put, stop, known, skip, skipped, {names}, type=type):", " for v0 in items:"]
-    for step, sure in enumerate(trusted):
-        lines.append(f"  v{step + 1} = f{step}(v{step})")
-        if not sure:
-            lines += _look(step)
-    if emits:
-        lines.append(f"  put(v{steps})")
-    if not all(trusted):
-        lines.append("  if stop: return None")
-    lines.append(" return None")
+def compile_burst(kinds: tuple[StepKind, ...], emits: bool, timed: bool = False) -> Burst:
+    """The loop for such a row of steps; `emits` says whether somebody wants the outputs."""
+    writer = _Writer(kinds, emits, timed)
     space: dict[str, Any] = {}
-    exec(compile("\n".join(lines), _FILE, "exec"), space)
-    return space["burst"]
+    exec(compile(writer.text(), _FILE, "exec"), space)
+    return Burst(space["burst"], writer.steps, awaits=any(kind.awaited for kind in kinds))
 
 
-def _look(step: int) -> list[str]:
-    return [
-        f"  if type(v{step + 1}) not in known:",
-        f"   if v{step + 1} is not skip: return {step}, v{step}, v{step + 1}",
-        f"   skipped[{step}] += 1",
-        "   if stop: return None",
-        "   continue",
-    ]
+class _Writer:
+    """Writes the loop, and remembers in which line each step's call stands."""
 
+    def __init__(self, kinds: tuple[StepKind, ...], emits: bool, timed: bool) -> None:
+        self._kinds = kinds
+        self._emits = emits
+        self._timed = timed
+        self._lines: list[str] = []
+        self.steps: dict[int, int] = {}
 
-def failed_step(error: BaseException, trusted: tuple[bool, ...]) -> tuple[int, Any] | None:
-    """Which step's call raised, and its input; None when it was not raised by a step (but by the iterator, say)."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename != _FILE:
-        trace = trace.tb_next
-    if trace is None:
-        return None
-    step = _step_of(trace.tb_lineno, trusted)
-    return None if step is None else (step, trace.tb_frame.f_locals[f"v{step}"])
+    def text(self) -> str:
+        kinds, count = self._kinds, len(self._kinds)
+        head = "async def" if any(kind.awaited for kind in kinds) else "def"
+        names = ", ".join(f"f{step}" for step in range(count))
+        self._line(f"{head} burst(items, put, stop, left, known, skip, skipped, note, {names}, type=type):")
+        for step, kind in enumerate(kinds):
+            if not kind.trusted:
+                self._line(f" k{step} = None")
+        self._line(" for v0 in items:")
+        if self._timed:
+            self._line("  note()")
+        step = 0
+        while step < count:
+            last = step
+            while not self._timed and kinds[last].trusted and last + 1 < count and kinds[last + 1].trusted:
+                last += 1
+            self._calls(step, last)
+            if not kinds[last].trusted:
+                self._look(last)
+            step = last + 1
+        if self._emits:
+            self._line(f"  put(v{count})")
+        if not all(kind.trusted for kind in kinds):
+            self._line("  if stop: return None")
+        self._line(" return None")
+        return "\n".join(self._lines)
 
+    def _line(self, text: str) -> None:
+        self._lines.append(text)
 
-def step_at_work(trusted: tuple[bool, ...]) -> int | None:
-    """Which step's call the caller is in, seen from inside of it."""
-    frame = sys._getframe()
-    while frame.f_code.co_filename != _FILE:
-        if frame.f_back is None:
-            return None
-        frame = frame.f_back
-    return _step_of(frame.f_lineno, trusted)
+    def _calls(self, first: int, last: int) -> None:
+        """Steps `first` to `last`, each in the call of the next, each on a line of its own."""
+        used = self._emits or last + 1 < len(self._kinds) or not self._kinds[last].trusted
+        for step in range(last, first - 1, -1):
+            call = f"{'await ' if self._kinds[step].awaited else ''}f{step}("
+            self._line(f"  v{last + 1} = {call}" if step == last and used else f"  {call}")
+            self.steps[len(self._lines)] = step
+        self._lines[-1] += f"v{first}" + ")" * (last - first + 1)
+        if self._timed:
+            self._line("  note()")
 
-
-def _step_of(line: int | None, trusted: tuple[bool, ...]) -> int | None:
-    call = _FIRST_CALL
-    for step, sure in enumerate(trusted):
-        if line == call:
-            return step
-        call += 1 if sure else 1 + len(_look(step))
-    return None
-
-
+    def _look(self, step: int) -> None:
+        value = f"v{step + 1}"
+        if self._kinds[step].awaited:
+            self._line(f"  if left: return {step}, v{step}, {value}")
+        self._line(f"  if type({value}) is not k{step}:")
+        self._line(f"   if type({value}) not in known:")
+        self._line(f"    if {value} is not skip: return {step}, v{step}, {value}")
+        self._line(f"    skipped[{step}] += 1")
+        self._line("    if stop: return None")
+        self._line("    continue")
+        self._line(f"   k{step} = type({value})")

@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any
 
 from pipeline.channel import EMPTY
-from pipeline.pace import Pacer
+from pipeline.pace import CrowdPacer, Pacer
 from pipeline.protocols import Seat, Wires
 from pipeline.result import Err
 from workers.base import HandlerKind, Outcome, WorkerState, is_pending
@@ -20,6 +20,8 @@ from workers.pooled import DONE, PARTIAL_LIMIT, Job
 
 from .control import SKIP, KillSwitch
 from .desk import LAG, Desk
+from .flow import Step
+from .lane import Lane
 from .line import Line
 
 __all__ = ["CrewNode"]
@@ -39,6 +41,10 @@ class CrewNode:
         self._desk = Desk(seat, seat.stage.rule(seat.default_policy), wires, seat.index)
         self._workers: list[asyncio.Task[None]] = []
         self._line: Line | None = None
+        self._lanes: list[Lane] = []
+        assert wires.runtime.loop is not None
+        self._crowd = CrowdPacer(wires.runtime.loop)
+        self._crowd.size = max(self._options.concurrency, self._crowd.size)
         self._room: asyncio.Event = asyncio.Event()
         if self._options.ordered and self._options.concurrency > 1:
             self._line = Line(self._desk, wires.inlet, wires.outlet, ordered=True, on_settled=self._room.set)
@@ -61,7 +67,8 @@ class CrewNode:
         self._desk.close()
 
     def abort(self) -> None:
-        """Nothing beyond the tasks' own cancellation."""
+        for lane in self._lanes:
+            lane.give_way()
 
     def _start(self, coroutine: Any, name: str) -> asyncio.Task[None]:
         return self._wires.runtime.start_task(coroutine, name=f"{self._seat.name}:{name}", group=self._seat.index)
@@ -82,7 +89,9 @@ class CrewNode:
             self._desk.broke(error, "setup")
             return
         try:
-            if self._line is None:
+            if self._line is None and performer.simple and len(self._handlers) == 1:
+                await self._lane(performer).run()
+            elif self._line is None:
                 await self._take_items(performer)
             else:
                 await self._take_in_order(performer, self._line)
@@ -95,6 +104,32 @@ class CrewNode:
     def _hire_for_more(self) -> None:
         if len(self._workers) < self._options.concurrency:
             self._hire()
+
+    # --- one call, one value: lanes
+
+    def _lane(self, performer: LoopPerformer) -> Lane:
+        lane = Lane(
+            [Step(self._seat, self._desk, performer)],
+            self._wires.inlet,
+            self._wires.outlet,
+            self._wires.runtime,
+            self._suspended,
+            crowd=self._crowd,
+            hire=self._hire_for_lane if len(self._workers) < self._options.concurrency else None,
+            waits=len(self._workers) > 1,
+        )
+        self._lanes.append(lane)
+        return lane
+
+    def _suspended(self, lane: Lane, at: int) -> None:
+        del lane, at  # it is one of several, and this its only step
+        self._hire_for_more()
+
+    def _hire_for_lane(self) -> None:
+        self._hire_for_more()
+        if len(self._workers) >= self._options.concurrency:
+            for lane in self._lanes:
+                lane.hire = None
 
     async def _take_items(self, performer: LoopPerformer) -> None:
         inlet, outlet, desk = self._wires.inlet, self._wires.outlet, self._desk

@@ -141,13 +141,13 @@ class Stage(Generic[In, Out]):
 
     @property
     def fusable(self) -> bool:
-        """A plain function in the loop, one at a time, needs no task of its own."""
+        """A function in the loop, one at a time, called once for each item, needs no task of its own."""
         handler = self._handlers[0]
         return (
             len(self._handlers) == 1
             and self.options.concurrency == 1
             and as_placement(self.options.run_in).kind == "loop"
-            and handler.kind in (HandlerKind.PLAIN, HandlerKind.GENERATOR)
+            and handler.kind is not HandlerKind.ASYNC_GENERATOR
             and handler.retry.attempts == 1
             and handler.timeout is None
         )

@@ -34,7 +34,7 @@ LAG = 0.1
 class Desk:
     """Books the items of one stage. Owned by its node; all methods on the run's loop."""
 
-    __slots__ = ("_failures", "_lags", "_last", "_runtime", "_wires", "counters", "cut", "name", "plain", "rule", "stopped")
+    __slots__ = ("_failures", "_lags", "_last", "_runtime", "counters", "cut", "inlet", "name", "plain", "rule", "stopped")
 
     def __init__(self, seat: Seat, rule: FailureRule, wires: Wires, cut: int) -> None:
         self.name = seat.name
@@ -45,7 +45,8 @@ class Desk:
         """This stage has stopped the pipeline: nothing that it finishes from now on leaves it."""
         self.cut = cut
         """The index up to which to stop when this stage fails: its own, or the last one of its fused neighbours."""
-        self._wires = wires
+        self.inlet = wires.inlet
+        """Where this stage's items come from at present: closed when the stage stops."""
         self._runtime = wires.runtime
         self._failures = RateLimitedLog(pipeline=wires.runtime.name, stage=seat.name)
         self._lags = RateLimitedLog(10.0, pipeline=wires.runtime.name, stage=seat.name)
@@ -78,7 +79,7 @@ class Desk:
         self.counters.skipped += 1
         reason = CancelReason(switch.reason, CancelType.MANUAL, code="kill_switch", origin=self.name)
         self.stopped = True
-        self._wires.inlet.abort()
+        self.inlet.abort()
         self._runtime.request_stop(StopRequest(reason, StopLevel.ABORT))
 
     async def failed(self, err: Err, emit: Emit, *, lost: bool = False, timed_out: bool = False) -> None:
@@ -136,7 +137,7 @@ class Desk:
     def stop(self, err: Err, code: str) -> None:
         """Fail the pipeline: this stage and those before it stop at once, what is behind finishes shortly."""
         self.stopped = True
-        self._wires.inlet.abort()
+        self.inlet.abort()
         self._runtime.fail(err, origin=self.name, code=code, cut=self.cut)
 
     def broke(self, error: BaseException, what: str) -> None:

@@ -1,0 +1,389 @@
+"""A lane: one task that takes items from an inlet through a row of steps to an outlet.
+
+The rule kept here: while nobody waits, items run in bursts (see `burst`), and everything that can be paid per burst is.
+As soon as a handler really suspends, the burst is closed on the spot: what it has done is booked and handed on, what it
+has not begun goes back, and whoever owns the lane is told, so that others work while this lane waits. From then on the
+lane goes item by item, until its handlers seem to have stopped waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from time import perf_counter
+from typing import Any
+
+from pipeline.channel import EMPTY
+from pipeline.lot import Lot
+from pipeline.pace import CrowdPacer, Pacer
+from pipeline.protocols import Inlet, Outlet
+from pipeline.result import Err
+from pipeline.runtime import PipelineRuntime
+from workers.base import is_pending
+from workers.loop import is_being_cancelled
+
+from .burst import Burst, compile_burst
+from .control import SKIP, PlainTypes
+from .desk import LAG
+from .flow import FAILURES, Flow, Step, Unusual
+
+__all__ = ["Lane"]
+
+_BURST = 2048
+"""Items in one burst, at most."""
+_CHUNK = 128
+"""Items between two looks at the clock within a burst."""
+_SAMPLE = 4096
+"""Items between two that are timed step by step; slow ones are all timed."""
+_WATCHED = 2048
+"""Items timed one by one after a burst in which somebody held the loop."""
+_SHORT, _LONG = 0.0002, 0.0005
+"""Seconds: a burst that takes less may grow; one that takes more shrinks, and is cut short."""
+
+
+class _Progress:
+    """A burst under way: what came of it so far, and how much of that is in the ledger."""
+
+    __slots__ = ("booked", "closed", "lot", "outputs", "skipped")
+
+    def __init__(self, lot: Lot, steps: int) -> None:
+        self.lot = lot
+        self.outputs: list[Any] = []
+        self.skipped = [0] * steps
+        self.booked = [(0, 0, 0, 0)] * steps
+        """For each step: items entered, left, skipped, passed on."""
+        self.closed = False
+
+
+class Lane:
+    """One worker over the steps `first` to `end` of a node."""
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        inlet: Inlet,
+        outlet: Outlet,
+        runtime: PipelineRuntime,
+        on_suspended: Callable[[Lane, int], None],
+        *,
+        crowd: CrowdPacer | None = None,
+        hire: Callable[[], None] | None = None,
+        waits: bool = False,
+    ) -> None:
+        assert runtime.loop is not None
+        self._loop = runtime.loop
+        self._runtime = runtime
+        self._nodes_steps = steps
+        self.inlet = inlet
+        self.outlet = outlet
+        self._on_suspended = on_suspended
+        self.hire = hire
+        """Called for every item while handlers wait; None when nobody more is to be hired."""
+        self._crowd = crowd or CrowdPacer(runtime.loop)
+        self.waits = waits
+        """Handlers are known to suspend: item by item."""
+        self._flow = Flow(steps, outlet, self._by_hand)
+        self._plain = PlainTypes()
+        self._left: list[bool] = []
+        """Not empty: the burst under way was closed while it was suspended."""
+        self._progress: _Progress | None = None
+        self._running: Burst | None = None
+        self._coroutine: Any = None
+        """The loop that runs, and its coroutine when it has one."""
+        self._hand: int | None = None
+        self._armed = False
+        self._size = 1
+        self._untimed = 0
+        """Items since the last that was timed step by step."""
+        self._careful = 0
+        """So many of the next items go one by one: an error is among them."""
+        self._watched = 0
+        """So many of the next items are timed one by one: somebody has held the loop."""
+        self._cover(0, len(steps))
+
+    def _cover(self, first: int, end: int) -> None:
+        self.first, self.end = first, end
+        self._flow.end = end
+        self._steps = steps = self._nodes_steps[first:end]
+        kinds = tuple(step.kind for step in steps)
+        self._bursts = not any(step.many for step in steps)
+        self._fast = compile_burst(kinds, self.outlet.keeps)
+        self._timed = compile_burst(kinds, self.outlet.keeps, timed=True)
+        self._calls = [step.call for step in steps]
+        # Steps that all only compute are quick by nature; others may turn slow within one item.
+        self._chunk = _BURST if all(step.sure for step in steps) else _CHUNK
+
+    def narrow(self, first: int, end: int, inlet: Inlet, outlet: Outlet) -> None:
+        """Cover fewer steps from now on. Not while a burst runs; while one is suspended, it has been closed before."""
+        self.inlet, self.outlet = inlet, outlet
+        self._flow.outlet = outlet
+        self._cover(first, end)
+        for step in self._steps:
+            step.desk.inlet = inlet
+
+    @property
+    def ended(self) -> bool:
+        """Whether a step has emitted its `Last`."""
+        return self._flow.ended
+
+    # --- the loop
+
+    async def run(self) -> None:
+        """Until the inlet has ended, or a step, the outlet or the run says stop."""
+        runtime, pace = self._runtime, Pacer()
+        while not (self._flow.ended or runtime.cancelled):
+            inlet, outlet = self.inlet, self.outlet  # not for long: the lane may be narrowed
+            unusual: Unusual | None = None
+            taken = True
+            if self.waits and self.end - self.first == 1:
+                taken = await self._item_by_item()
+            elif (room := outlet.room()) <= 0:
+                if not await outlet.wait_room():
+                    return
+                pace.restart()
+                continue
+            elif self._careful or not self._bursts:
+                item = inlet.pop()
+                self._careful = max(self._careful - 1, 0)
+                taken = item is not EMPTY
+                if taken:
+                    unusual = Unusual(self.first, item, None, None)
+                    await self._flow.enter(item, self.first)
+            else:
+                single = self._watched > 0 or self._untimed >= _SAMPLE or self._size == 1
+                if runtime.burst is not None:
+                    runtime.burst.give_way()
+                lot = inlet.lot(1 if single else min(room, self._size))
+                taken = lot is not None
+                if lot is not None and not self._has_errors(lot):
+                    unusual = await self._burst(lot, self._timed if single else self._fast)
+                    if unusual is not None:
+                        await self._flow.treat(unusual)
+            if not taken:
+                if not await self.inlet.wait_items():
+                    return
+                pace.restart()
+            elif pace.due():
+                await pace.rest()
+
+    def _has_errors(self, lot: Lot) -> bool:
+        """Whether errors pass by in a lot; if so, all of it goes one by one."""
+        if lot.batch is None or Err not in map(type, lot.batch):
+            return False
+        self._careful = len(lot.batch)
+        self.inlet.close_lot(lot)
+        return True
+
+    # --- many items, booked as one
+
+    async def _burst(self, lot: Lot, loop: Burst) -> Unusual | None:
+        """Run the written-out loop over a lot, then book it; what it could not finish is the caller's."""
+        runtime, stop = self._runtime, self._runtime.stop_flag
+        self._progress = progress = _Progress(lot, len(self._steps))
+        self._running, self._coroutine = loop, None
+        runtime.burst = self
+        stopped: tuple[int, Any, Any] | None = None
+        error: BaseException | None = None
+        times: list[float] = []
+        taken = 0
+        began = perf_counter()
+        try:
+            while True:
+                run = loop.run(
+                    islice(lot.items, self._chunk),
+                    progress.outputs.append,
+                    stop,
+                    self._left,
+                    self._plain.known,
+                    SKIP,
+                    progress.skipped,
+                    lambda: times.append(perf_counter()),
+                    *self._calls,
+                )
+                if loop.awaits:
+                    self._coroutine = run
+                    self._arm()
+                    stopped = await run
+                else:
+                    stopped = run
+                before, taken = taken, lot.taken
+                if stopped is not None or stop or taken - before < self._chunk or perf_counter() - began > _LONG:
+                    break
+        except BaseException as caught:
+            place = loop.failed_step(caught)
+            if place is None or not isinstance(caught, FAILURES) or (loop.awaits and is_being_cancelled(caught)):
+                self._close(progress, place[0] if place else None)
+                raise  # not a step's failure
+            error, stopped = caught, (*place, None)
+        finally:
+            self._left.clear()
+        suspended = progress.closed
+        self._close(progress, stopped[0] if stopped else None)
+        if not suspended:
+            self._learn(lot.taken, perf_counter() - began, times, error is not None)
+        if stopped is None:
+            return None
+        at, value, result = stopped
+        if error is None:
+            self._plain.has(result)  # if it is, the next one of its type stays in the burst
+        return Unusual(self.first + (0 if suspended else at), value, result, error)
+
+    def _learn(self, taken: int, seconds: float, times: list[float], failed: bool) -> None:
+        """Adapt the size of bursts to how long this one took, and note its sample."""
+        if times:
+            if failed:
+                times.append(perf_counter())
+            weight, self._untimed = max(self._untimed, 1), 0
+            self._watched = max(self._watched - 1, 0)
+            for step, began, ended in zip(self._steps, times, times[1:], strict=False):
+                step.clock(ended - began, weight)
+        else:
+            self._untimed += taken
+            if seconds > LAG:
+                self._lagged(seconds)
+        if seconds < _SHORT:
+            if taken >= self._size and self._size < _BURST:
+                self._size = min(self._size * 4, _BURST)
+        elif seconds > _LONG and self._size > 1:
+            self._size = max(1, int(taken * _SHORT / seconds))
+
+    def _lagged(self, seconds: float) -> None:
+        """Somebody held the loop in the middle of a burst; the next items are timed one by one and may tell who."""
+        self._watched = _WATCHED
+        if len(self._steps) == 1:
+            self._steps[0].desk.lagged(seconds)
+        else:
+            self._steps[-1].desk.lagged(seconds, among=[step.desk.name for step in self._steps])
+
+    def book_midway(self) -> None:
+        """Somebody asks for a snapshot: book the burst so far, with one item at work in the step where it is."""
+        if self._progress is not None:
+            self._book(self._progress, self._at_work())
+
+    def _at_work(self) -> int | None:
+        assert self._running is not None
+        return self._running.step_at_work(None if self._coroutine is None else self._coroutine.cr_frame)
+
+    def _close(self, progress: _Progress, at: int | None) -> None:
+        """The burst is over, or given up where it waits: book it, and give back what it has not begun."""
+        if progress.closed:
+            return
+        progress.closed = True
+        self._progress = None
+        if self._runtime.burst is self:
+            self._runtime.burst = None
+        self._book(progress, at)
+        self.inlet.close_lot(progress.lot)
+
+    def _book(self, progress: _Progress, at: int | None) -> None:
+        """Count what a burst has done since the last time; one item is still in step `at`, or none.
+
+        Upstream first, so that no reading in another thread sees an item received that was not emitted.
+        """
+        self.inlet.count_lot(progress.lot)
+        last = len(self._steps) - 1
+        entered = progress.lot.taken
+        for index, step in enumerate(self._steps):
+            counters, booked = step.counters, progress.booked[index]
+            skipped = progress.skipped[index]
+            left = entered - (at == index)
+            if index:
+                counters.received += entered - booked[0]
+            counters.succeeded += left - booked[1]
+            counters.skipped += skipped - booked[2]
+            through = left - skipped
+            if index < last:
+                counters.emitted += through - booked[3]
+            elif not self.outlet.keeps:
+                self.outlet.put_count(through - booked[3])
+            elif progress.outputs:
+                self.outlet.put_many(progress.outputs)
+                progress.outputs.clear()
+            progress.booked[index] = (entered, left, skipped, through)
+            entered = through
+
+    # --- handlers that wait
+
+    def _by_hand(self, at: int | None) -> None:
+        """The thorough path begins or ends an await in the step at `at`."""
+        self._hand = at
+        if at is not None:
+            self._arm()
+
+    def _arm(self) -> None:
+        """If the loop goes round before this step of the task is over, the handler has suspended."""
+        if not self._armed:
+            self._armed = True
+            self._loop.call_soon(self._tick)
+
+    def _tick(self) -> None:
+        self._armed = False
+        self.give_way()
+
+    def give_way(self) -> None:
+        """The handler at work has suspended, if one is: close its burst, so that nobody else is held up by it."""
+        if self._progress is not None:
+            at = self._at_work() or 0
+            self._close(self._progress, at)
+            self._left.append(True)
+            at += self.first
+        elif self._hand is not None:
+            at = self._hand
+        else:
+            return
+        self.waits = True
+        self._size = 1
+        self._on_suspended(self, at)
+
+    async def _item_by_item(self) -> bool:
+        """Take items one at a time, until there is none (False), or it is time to look around (True)."""
+        step, outlet, crowd, runtime = self._steps[0], self.outlet, self._crowd, self._runtime
+        pop, room, put, call, known = self.inlet.pop, outlet.room, outlet.put_nowait, step.call, self._plain.known
+        counters, awaited, first, stop = step.counters, step.awaited, self.first, runtime.stop_flag
+        while True:
+            if runtime.burst is not None:
+                runtime.burst.give_way()
+            item = pop()
+            if item is EMPTY:
+                return False
+            if self.hire is not None:
+                self.hire()
+            if type(item) is Err:
+                await self._flow.enter(item, first)
+                continue
+            crowd.left -= 1
+            look = crowd.left <= 0
+            began = perf_counter() if look or not awaited else 0.0
+            try:
+                result = call(item)
+                waited = awaited or is_pending(result)
+                if waited:
+                    result = await result
+            except FAILURES as error:
+                if is_being_cancelled(error):
+                    raise
+                await self._flow.treat(Unusual(first, item, None, error))
+            else:
+                if began:
+                    self._clock(step, perf_counter() - began, waited, crowd.stride if awaited else 1)
+                if type(result) in known and room() > 0:
+                    put(result)
+                    counters.succeeded += 1
+                else:
+                    self._plain.has(result)
+                    await self._flow.treat(Unusual(first, item, result, None))
+            if stop or outlet.closed or self._flow.ended:
+                return True
+            if look:
+                if crowd.due():
+                    await crowd.rest()
+                if crowd.calm:
+                    self.waits = False
+                    return True
+
+    @staticmethod
+    def _clock(step: Step, seconds: float, waited: bool, weight: int) -> None:
+        if waited:
+            step.counters.latency.add(seconds, weight)
+        else:
+            step.clock(seconds, weight)
