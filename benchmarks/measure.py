@@ -1,0 +1,139 @@
+"""How a cell is timed: the time of a run, without what every run costs once.
+
+The rule kept here: one method for everybody. A first run counts and sums all outputs. Then a run of a few items is
+timed, then a larger one, and the difference belongs to the difference of items; so the start of loops, threads and
+processes is left out for all in the same way. The size of the larger run follows from the participant's own speed.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import AsyncIterable, Callable, Iterable
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter, process_time
+from typing import Any
+
+from .model import Measures
+
+__all__ = ["Tally", "Timed", "WrongResult", "drained", "drained_sync", "iterated", "thorough"]
+
+
+class WrongResult(Exception):
+    """A participant's outputs are not what they should be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What is known of a run's outputs; None for what was not looked at."""
+
+    count: int | None = None
+    total: Any = None
+    last: Any = None
+
+    def verify(self, expected: Tally) -> None:
+        for what in ("count", "total", "last"):
+            found, right = getattr(self, what), getattr(expected, what)
+            if found is not None and right is not None and found != right:
+                raise WrongResult(f"its outputs are wrong: {what} {found!r}, not {right!r}")
+
+
+_looking = False
+
+
+def thorough() -> bool:
+    """Whether this run is the first one, in which every output is counted and summed, and time does not matter."""
+    return _looking
+
+
+async def drained(items: AsyncIterable[Any]) -> Tally:
+    """Take everything from an async iterable; an empty loop body when it is timed."""
+    if _looking:
+        return _full([item async for item in items])
+    last = None
+    async for last in items:  # noqa: B007 - it is used: what it was at the end tells whether all came
+        pass
+    return Tally(last=last)
+
+
+def iterated(items: Iterable[Any]) -> Tally:
+    """Take everything with a `for` loop."""
+    if _looking:
+        return _full(list(items))
+    last = None
+    for last in items:  # noqa: B007 - see above
+        pass
+    return Tally(last=last)
+
+
+def drained_sync(items: Iterable[Any]) -> Tally:
+    """Take everything in the quickest way there is, without a loop in Python."""
+    if _looking:
+        return _full(list(items))
+    tail = deque(items, maxlen=1)
+    return Tally(last=tail[0] if tail else None)
+
+
+def _full(outputs: list[Any]) -> Tally:
+    return Tally(len(outputs), sum(outputs), outputs[-1] if outputs else None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timed:
+    """A cell that moves any number of items through a participant."""
+
+    run: Callable[[int], Tally]
+    expected: Callable[[int], Tally]
+    base: int = 32
+    """Items of the run whose time is taken off."""
+    seconds: float = 0.15
+    """About how long one repetition should take."""
+    repeats: int = 3
+    step: int = 1
+    """Sizes are multiples of it."""
+    least: int = 0
+    """The larger run is no smaller than this."""
+
+    def check(self) -> None:
+        global _looking
+        _looking = True
+        try:
+            self._checked(self.base)
+        finally:
+            _looking = False
+
+    def measure(self) -> Measures:
+        self.check()
+        base = min(self._timed(self.base) for _ in range(2))
+        size = self._enough(base[0])
+        runs = [self._timed(size) for _ in range(self.repeats)]
+        extra = size - self.base
+        return {
+            "seconds": (median(wall for wall, _ in runs) - base[0]) / extra,
+            "cpu": (median(cpu for _, cpu in runs) - base[1]) / extra,
+            "items": float(size),
+            "fixed": base[0],
+        }
+
+    def _checked(self, size: int) -> None:
+        self.run(size).verify(self.expected(size))
+
+    def _timed(self, size: int) -> tuple[float, float]:
+        gc.collect()
+        wall, cpu = perf_counter(), process_time()
+        tally = self.run(size)
+        wall, cpu = perf_counter() - wall, process_time() - cpu
+        tally.verify(self.expected(size))
+        return wall, cpu
+
+    def _enough(self, fixed: float) -> int:
+        """How many items take about `seconds`: four times more until the time can be told from chance."""
+        size = self.base
+        while True:
+            size *= 4
+            spent = self._timed(size)[0] - fixed
+            if spent > self.seconds / 4:
+                break
+        wanted = max(int(size * self.seconds / spent), self.base * 4, self.least)
+        return -(-wanted // self.step) * self.step
