@@ -65,6 +65,12 @@ class BridgeSink:
         if self._consumer_waits:
             self._ring()
 
+    def offer(self, item: Any) -> bool:
+        if self.room() <= 0:
+            return False
+        self.put_nowait(item)
+        return True
+
     def put_count(self, number: int) -> None:
         raise AssertionError("an iteration needs the items themselves")
 

@@ -86,6 +86,16 @@ class Channel:
         if self._getters:
             self._wake(self._getters)
 
+    def offer(self, item: Any) -> bool:
+        """Add one item if there is room."""
+        if self.aborted or self.finished or (self.capacity or len(self._getters)) - self.reserved <= len(self._items):
+            return False
+        self._items.append(item)
+        self.up.emitted += 1
+        if self._getters:
+            self._wake(self._getters)
+        return True
+
     def put_count(self, number: int) -> None:
         """A channel keeps its items; see `Outlet.keeps`."""
         raise AssertionError("a channel needs the items themselves")

@@ -79,12 +79,12 @@ class PromptFeed:
         if self.ended:
             return EMPTY
         try:
-            item = self._ahead.popleft() if self._ahead else next(self._iterator)
-        except StopIteration:
-            self.ended = True
-            return EMPTY
+            item = self._ahead.popleft() if self._ahead else next(self._iterator, EMPTY)
         except Exception as error:
             self._failed(error)
+            return EMPTY
+        if item is EMPTY:
+            self.ended = True
             return EMPTY
         self._up.emitted += 1
         self._down.received += 1

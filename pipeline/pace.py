@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from time import perf_counter
 
-__all__ = ["CrowdPacer", "Pacer"]
+__all__ = ["Pacer", "RoundPacer", "Rounds"]
 
 _SLICE = 0.001
 """Seconds of work between two returns to the loop."""
@@ -56,58 +56,65 @@ class Pacer:
         self.restart()
 
 
-_CROWD_STRIDE = 8
+_ROUND_STRIDE = 24
 """Items between two looks while handlers wait. Should they stop waiting, this many run before anybody notices."""
-_CALM = 4
-"""Items for each worker without a pass of the loop in between, after which handlers seem not to wait any more."""
+_CALM = 64
+"""Items in a row without a pass of the loop in between, after which a worker's handlers seem not to wait any more."""
 
 
-class CrowdPacer:
-    """For workers whose handlers wait: each wait gives the loop away, so only what runs between two passes counts.
+class Rounds:
+    """Counts the passes of the loop, as far as somebody looks. Shared by the workers of a node."""
 
-    Shared by the workers of a node. A worker takes one off `left` for every item, and asks `due()` when none is left.
-    """
-
-    __slots__ = ("_armed", "_began", "_loop", "_quiet", "_stride", "left", "size", "stride")
+    __slots__ = ("_armed", "_loop", "began", "number")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._armed = False
-        self._began = 0.0
+        self.number = 0
+        self.began = 0.0
+
+    def look(self) -> int:
+        """The number of this pass."""
+        if not self._armed:
+            self._armed = True
+            self.number += 1
+            self.began = perf_counter()
+            self._loop.call_soon(self._passed)
+        return self.number
+
+    def _passed(self) -> None:
+        self._armed = False
+
+
+class RoundPacer:
+    """Fairness of a worker whose handlers wait: each wait gives the loop away, so only what runs in one pass counts."""
+
+    __slots__ = ("_quiet", "_round", "_rounds", "stride")
+
+    def __init__(self, rounds: Rounds) -> None:
+        self._rounds = rounds
+        self._round = -1
         self._quiet = 0
-        """Items since the last pass of the loop."""
-        self.size = 16
-        """Workers, or a few more."""
         self.stride = 1
-        """Items that the last look stood for."""
-        self._stride = 1
-        self.left = 1
+        """Items until the next look."""
 
     @property
     def calm(self) -> bool:
         """Whether handlers seem not to wait any more."""
-        return self._quiet > _CALM * self.size
+        return self._quiet > _CALM
 
     def due(self) -> bool:
-        """Whether the workers have held the loop for a slice."""
-        now = perf_counter()
-        self.stride = self._stride
-        if not self._armed:  # the loop has gone round since the last look
-            self._armed = True
-            self._loop.call_soon(self._passed)
-            self._began = now
+        """Look around, after `stride` items; True when it is time to give the loop away."""
+        number = self._rounds.look()
+        if number != self._round:
+            self._round = number
             self._quiet = 0
-            self._stride = min(self._stride * 2, _CROWD_STRIDE)
-            self.left = self._stride
+            self.stride = min(self.stride * 2, _ROUND_STRIDE)
             return False
         self._quiet += self.stride
-        spent = now - self._began
-        self._stride = 1 if spent > _SLICE / 4 else min(self._stride * 2, _CROWD_STRIDE)
-        self.left = self._stride
+        spent = perf_counter() - self._rounds.began
+        self.stride = 1 if spent > _SLICE / 4 else min(self.stride * 2, _ROUND_STRIDE)
         return spent > _SLICE
-
-    def _passed(self) -> None:
-        self._armed = False
 
     async def rest(self) -> None:
         """Give the loop to everybody else."""

@@ -44,6 +44,16 @@ class DiscardingSink:
         if self._tally:
             self.tallied += length_of(item)
 
+    def offer(self, item: Any) -> bool:
+        if self.closed:
+            return False
+        if self.keeps:
+            self.put_nowait(item)
+        else:
+            self._up.emitted += 1
+            self.counters.received += 1
+        return True
+
     def put_count(self, number: int) -> None:
         self._up.emitted += number
         self.counters.received += number
@@ -107,6 +117,7 @@ class BufferSink:
         self._channel = Channel(self._capacity, up, self.counters, runtime.loop)
         self.room = self._channel.room
         self.put_nowait = self._channel.put_nowait
+        self.offer = self._channel.offer
         self.put_many = self._channel.put_many
         self.put_count = self._channel.put_count
         self.wait_room = self._channel.wait_room

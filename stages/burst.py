@@ -16,7 +16,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 __all__ = ["Burst", "StepKind", "compile_burst", "only_computes"]
@@ -47,9 +47,11 @@ class StepKind(NamedTuple):
 
 def only_computes(function: Any) -> bool:
     """Whether the function's code does nothing but operators on its one argument, on constants and on variables."""
-    if not isinstance(function, types.FunctionType):
-        return False
-    code = function.__code__
+    return isinstance(function, types.FunctionType) and _only_computes(function.__code__)
+
+
+@lru_cache(1024)
+def _only_computes(code: types.CodeType) -> bool:
     if code.co_argcount != 1 or code.co_cellvars or code.co_kwonlyargcount:
         return False
     allowed = _HARMLESS | _OF_COROUTINES if code.co_flags & inspect.CO_COROUTINE else _HARMLESS

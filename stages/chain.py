@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from itertools import pairwise
 
 from pipeline.channel import Channel
-from pipeline.protocols import Seat, Wires
+from pipeline.protocols import Inlet, Outlet, Seat, Wires
 
 from .flow import Step
 from .lane import Lane
@@ -89,8 +88,9 @@ class ChainNode:
             Channel(self._capacities[start], self._steps[start - 1].counters, self._steps[start].counters, wires.runtime.loop)
             for start, _ in self._pieces[1:]
         ]
-        ends = list(pairwise([wires.inlet, *edges, wires.outlet]))
-        for (start, end), (inlet, outlet) in zip(self._pieces, ends, strict=True):
+        inlets: list[Inlet] = [wires.inlet, *edges]
+        outlets: list[Outlet] = [*edges, wires.outlet]
+        for (start, end), inlet, outlet in zip(self._pieces, inlets, outlets, strict=True):
             for step in self._steps[start:end]:
                 step.desk.cut = self._steps[end - 1].index
             if start <= at < end:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.channel import EMPTY
 from pipeline.lot import Lot
-from pipeline.pace import CrowdPacer, Pacer
+from pipeline.pace import Pacer, RoundPacer, Rounds
 from pipeline.protocols import Inlet, Outlet
 from pipeline.result import Err
 from pipeline.runtime import PipelineRuntime
@@ -66,8 +66,7 @@ class Lane:
         runtime: PipelineRuntime,
         on_suspended: Callable[[Lane, int], None],
         *,
-        crowd: CrowdPacer | None = None,
-        hire: Callable[[], None] | None = None,
+        rounds: Rounds | None = None,
         waits: bool = False,
     ) -> None:
         assert runtime.loop is not None
@@ -77,9 +76,9 @@ class Lane:
         self.inlet = inlet
         self.outlet = outlet
         self._on_suspended = on_suspended
-        self.hire = hire
+        self.hire: Callable[[], None] | None = None
         """Called for every item while handlers wait; None when nobody more is to be hired."""
-        self._crowd = crowd or CrowdPacer(runtime.loop)
+        self._turn = RoundPacer(rounds or Rounds(runtime.loop))
         self.waits = waits
         """Handlers are known to suspend: item by item."""
         self._flow = Flow(steps, outlet, self._by_hand)
@@ -337,9 +336,10 @@ class Lane:
 
     async def _item_by_item(self) -> bool:
         """Take items one at a time, until there is none (False), or it is time to look around (True)."""
-        step, outlet, crowd, runtime = self._steps[0], self.outlet, self._crowd, self._runtime
-        pop, room, put, call, known = self.inlet.pop, outlet.room, outlet.put_nowait, step.call, self._plain.known
+        step, outlet, turn, runtime = self._steps[0], self.outlet, self._turn, self._runtime
+        pop, offer, call, known = self.inlet.pop, outlet.offer, step.call, self._plain.known
         counters, awaited, first, stop = step.counters, step.awaited, self.first, runtime.stop_flag
+        left = turn.stride
         while True:
             if runtime.burst is not None:
                 runtime.burst.give_way()
@@ -351,9 +351,8 @@ class Lane:
             if type(item) is Err:
                 await self._flow.enter(item, first)
                 continue
-            crowd.left -= 1
-            look = crowd.left <= 0
-            began = perf_counter() if look or not awaited else 0.0
+            left -= 1
+            began = perf_counter() if left <= 0 or not awaited else 0.0
             try:
                 result = call(item)
                 waited = awaited or is_pending(result)
@@ -365,19 +364,21 @@ class Lane:
                 await self._flow.treat(Unusual(first, item, None, error))
             else:
                 if began:
-                    self._clock(step, perf_counter() - began, waited, crowd.stride if awaited else 1)
-                if type(result) in known and room() > 0:
-                    put(result)
+                    self._clock(step, perf_counter() - began, waited, turn.stride if awaited else 1)
+                if type(result) in known and offer(result):
                     counters.succeeded += 1
                 else:
                     self._plain.has(result)
                     await self._flow.treat(Unusual(first, item, result, None))
-            if stop or outlet.closed or self._flow.ended:
+                    if outlet.closed or self._flow.ended:
+                        return True
+            if stop:
                 return True
-            if look:
-                if crowd.due():
-                    await crowd.rest()
-                if crowd.calm:
+            if left <= 0:
+                if turn.due():
+                    await turn.rest()
+                left = turn.stride
+                if turn.calm:
                     self.waits = False
                     return True
 

@@ -21,7 +21,23 @@ from workers.pooled import DONE, Job
 from .control import SKIP, KillSwitch
 from .desk import Desk
 
-__all__ = ["Line"]
+__all__ = ["Line", "Place"]
+
+
+class Place:
+    """A job that has one value and nothing else to it: what is always the same is the class's."""
+
+    attempt, retried = 1, 0
+    outputs: Any = ()
+    grant: Any = None
+    spoiled: Any = None
+    queued = passing = booked = False
+    finished = settled = False
+    outcome: Outcome | None = None
+    value: Any = None
+
+    def __init__(self, item: Any) -> None:
+        self.item = item
 
 
 class Line:
@@ -33,7 +49,7 @@ class Line:
         self._outlet = outlet
         self._ordered = ordered
         self._on_settled = on_settled
-        self._jobs: deque[Job] = deque()
+        self._jobs: deque[Job | Place] = deque()
         """In order: every job. Otherwise: those with news that `run` has to see to."""
         self._bell: asyncio.Future[None] | None = None
         self._busy = False
@@ -44,13 +60,13 @@ class Line:
         self.waiting = 0
         """Finished jobs that wait for their turn."""
 
-    def add(self, job: Job) -> None:
+    def add(self, job: Job | Place) -> None:
         """A job begins; from now on it holds its place."""
         self.outstanding += 1
         if self._ordered:
             self._jobs.append(job)
 
-    def news(self, job: Job) -> None:
+    def news(self, job: Job | Place) -> None:
         """There are outputs of this job, or its outcome."""
         if self._desk.stopped:
             return
@@ -67,6 +83,29 @@ class Line:
             job.queued = True
             self._jobs.append(job)
             self._ring()
+
+    def finished(self, place: Place) -> None:
+        """The outcome is there: the same as `news`, quick for a value whose turn it is in an ordered line."""
+        jobs, desk = self._jobs, self._desk
+        if (
+            place.outcome is DONE
+            and jobs[0] is place
+            and not self._busy
+            and not desk.stopped
+            and type(place.value) in desk.plain.known
+            and self._outlet.offer(place.value)
+        ):
+            jobs.popleft()
+            desk.counters.succeeded += 1
+            self.outstanding -= 1
+            if self.waiting:
+                self._flush()
+                self._lend()
+            self._on_settled()
+            if self._closing and not self.outstanding:
+                self._ring()
+        else:
+            self.news(place)
 
     def close(self) -> None:
         """No more jobs will be added: `run` returns when the last one is settled."""
@@ -87,15 +126,14 @@ class Line:
         if left:
             self._on_settled()
 
-    def _leaves_at_once(self, job: Job) -> bool:
+    def _leaves_at_once(self, job: Job | Place) -> bool:
         """Settle a job that needs no wait; False if it is not such a one."""
         outcome = job.outcome
         if outcome is None or job.outputs or job.passing or job.booked or job.spoiled is not None:
             return False
         value = job.value if outcome is DONE else outcome.value
-        if outcome.error is not None or outcome.many or not self._desk.plain.has(value) or self._outlet.room() <= 0:
+        if outcome.error is not None or outcome.many or not self._desk.plain.has(value) or not self._outlet.offer(value):
             return False
-        self._outlet.put_nowait(value)
         counters = self._desk.counters
         counters.succeeded += 1
         if outcome is not DONE:
@@ -135,7 +173,7 @@ class Line:
                 self._bell = asyncio.get_running_loop().create_future()
                 await self._bell  # bounded by the stop, which cancels this task
 
-    def _next(self) -> Job | None:
+    def _next(self) -> Job | Place | None:
         if not self._jobs:
             return None
         job = self._jobs[0]
@@ -144,7 +182,7 @@ class Line:
         job.queued = False
         return self._jobs.popleft()
 
-    async def _advance(self, job: Job) -> None:
+    async def _advance(self, job: Job | Place) -> None:
         if job.outputs:
             sent = await self._send_outputs(job, job.outputs)
             if job.grant is not None and sent:
@@ -160,7 +198,7 @@ class Line:
         self.waiting -= 1
         self._on_settled()
 
-    async def _send_outputs(self, job: Job, outputs: deque[Any]) -> int:
+    async def _send_outputs(self, job: Job | Place, outputs: deque[Any]) -> int:
         sent = 0
         while outputs:
             output = outputs.popleft()
@@ -176,7 +214,7 @@ class Line:
                 return sent
         return sent
 
-    async def _settle(self, job: Job, outcome: Outcome) -> None:
+    async def _settle(self, job: Job | Place, outcome: Outcome) -> None:
         desk, emit = self._desk, self._outlet.put
         desk.counters.retried += outcome.retried
         if outcome.seconds:
