@@ -19,6 +19,7 @@ from typing import Any, Final, cast
 
 from .lot import Lot, Meter
 from .metrics import Counters
+from .result import Err
 
 __all__ = ["EMPTY", "Channel"]
 
@@ -46,13 +47,17 @@ class Channel:
 
     keeps = True
 
-    __slots__ = ("_getters", "_items", "_loop", "_putters", "aborted", "capacity", "down", "finished", "reserved", "up")
+    __slots__ = ("_errors", "_getters", "_items", "_loop", "_putters", "aborted", "capacity", "down", "finished", "reserved", "up")
 
-    def __init__(self, capacity: int, up: Counters, down: Counters, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, capacity: int, up: Counters, down: Counters, loop: asyncio.AbstractEventLoop, *, errors: bool = False
+    ) -> None:
         self.capacity = capacity
         self.up = up
         self.down = down
         self._loop = loop
+        self._errors = errors
+        """Whether an `Err` may be among the items: stages send theirs through `put`, a source may give its own."""
         self._items: deque[Any] = deque()
         self._getters: _Waiters = deque()
         self._putters: _Waiters = deque()
@@ -126,6 +131,8 @@ class Channel:
         if self.room() <= 0 and not await self.wait_room():
             return False
         self.put_nowait(item)
+        if type(item) is Err:
+            self._errors = True
         if self._putters and self.room() > 0:
             self._wake(self._putters)
         return True
@@ -162,24 +169,26 @@ class Channel:
         else:
             batch = [items.popleft() for _ in range(limit)]
         iterator = iter(batch)
-        return Lot(iterator, cast("Meter", iterator), batch)
+        return Lot(iterator, cast("Meter", iterator), len(batch), batch if self._errors else None)
 
     def count_lot(self, lot: Lot) -> None:
         """Count what was taken since the last look."""
         self.down.received += lot.fresh()
 
-    def close_lot(self, lot: Lot) -> None:
-        """Count what was taken, and put the rest back in front."""
-        self.count_lot(lot)
-        rest = list(lot.items)
+    def close_lot(self, lot: Lot) -> int:
+        """Count what was taken, say how many, and put the rest back in front."""
+        fresh, taken, left = lot.finish()
+        self.down.received += fresh
         if self.aborted:
-            self.down.discarded += len(rest)
-        else:
+            self.down.discarded += left
+        elif left:
+            rest = list(lot.items)
             self._items.extendleft(reversed(rest))
             if self._getters and self._items:
                 self._wake(self._getters)
         if self._putters:
             self._offer_room()
+        return taken
 
     async def wait_items(self) -> bool:
         """Wait until there is something to take; False at the end of the stream."""

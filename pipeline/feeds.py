@@ -1,4 +1,4 @@
-"""A source at work in one run: read in place, pulled in a task, or pulled in a thread.
+"""A source at work in one run that may wait: pulled in a task, or in a thread. (`prompt` has those that never wait.)
 
 The rules kept here:
 
@@ -10,28 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import itertools
 import queue
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
-from operator import length_hint
 from typing import Any, Protocol, cast
 
 from aiostream.core import BaseStream, Streamer, streamcontext
 
-from .channel import EMPTY, Channel
-from .lot import Lot, Meter
-from .metrics import Counters
+from .channel import Channel
 from .protocols import Inlet
 from .result import Err
 from .runtime import PipelineRuntime
 
-__all__ = ["Feed", "PromptFeed", "WaitingFeed"]
-
-_EXACT_ITERATORS: frozenset[type] = frozenset(type(iter(example)) for example in (range(0), "", "ä", b""))
-"""Iterators over what cannot change, nor hold an error: how far they got can be read off their `__length_hint__`."""
-
+__all__ = ["Feed", "WaitingFeed"]
 
 class Feed(Protocol):
     """A source at work in one run."""
@@ -52,101 +44,6 @@ class Feed(Protocol):
     def settle(self) -> None:
         """After the run: book as discarded what was pulled and could not be passed on."""
         ...
-
-
-class PromptFeed:
-    """Reads an iterator in place, when an item is asked for: no task, no queue. It is an inlet itself."""
-
-    def __init__(self, origin: Any, runtime: PipelineRuntime, up: Counters, down: Counters) -> None:
-        self._iterator: Iterator[Any] = iter(origin)
-        self._direct = type(self._iterator) in _EXACT_ITERATORS
-        self._ahead: deque[Any] = deque()
-        """Items of a lot that were not taken after all; only for iterators that cannot be read in place."""
-        self._runtime = runtime
-        self._up = up
-        self._down = down
-        self.ended = False
-        self.inlet: Inlet = self
-
-    @property
-    def done(self) -> bool:
-        return True
-
-    def start(self) -> None:
-        pass
-
-    def pop(self) -> Any:
-        if self.ended:
-            return EMPTY
-        try:
-            item = self._ahead.popleft() if self._ahead else next(self._iterator, EMPTY)
-        except Exception as error:
-            self._failed(error)
-            return EMPTY
-        if item is EMPTY:
-            self.ended = True
-            return EMPTY
-        self._up.emitted += 1
-        self._down.received += 1
-        return item
-
-    def lot(self, limit: int) -> Lot | None:
-        """Up to `limit` items for a synchronous loop; None at the end."""
-        if self.ended:
-            return None
-        if self._direct:
-            return Lot(itertools.islice(self._iterator, limit), cast("Meter", self._iterator))
-        ahead = self._ahead
-        try:
-            # No further than what is known to be there: a list may grow while it is read, and asking past its end ends it.
-            more = min(limit - len(ahead), length_hint(self._iterator, limit))
-            ahead.extend(itertools.islice(self._iterator, max(more, 0)))
-            if not ahead:
-                ahead.append(next(self._iterator))
-        except StopIteration:
-            pass
-        except Exception as error:
-            self._failed(error)
-        self.ended = not ahead
-        iterator = iter(ahead)
-        return Lot(iterator, cast("Meter", iterator), ahead) if ahead else None
-
-    def count_lot(self, lot: Lot) -> None:
-        """Count what was taken since the last look."""
-        fresh = lot.fresh()
-        self._up.emitted += fresh
-        self._down.received += fresh
-
-    def close_lot(self, lot: Lot) -> None:
-        """Count what was taken; the rest is still the iterator's."""
-        self.count_lot(lot)
-        taken = lot.taken
-        if self._direct:
-            self.ended = self.ended or not lot.left
-        elif taken == len(self._ahead):
-            self._ahead.clear()
-        else:
-            for _ in range(taken):
-                self._ahead.popleft()
-
-    def _failed(self, error: Exception) -> None:
-        # A collection that changed while it was iterated.
-        self.ended = True
-        self._runtime.fail(Err.of(error, stage="source"), origin="source", code="source_error")
-
-    async def wait_items(self) -> bool:
-        return not self.ended
-
-    def release(self, reserved: int) -> None:
-        pass
-
-    def stop(self) -> None:
-        self.ended = True
-
-    abort = stop
-
-    def settle(self) -> None:
-        """What was read ahead was not pulled as far as anyone can tell: the collection is still there."""
 
 
 class WaitingFeed:

@@ -20,12 +20,14 @@ class Meter(Protocol):
 class Lot:
     """Items to iterate over. What is not iterated stays where it came from; the inlet's `close_lot` sees to that."""
 
-    __slots__ = ("_counted", "_meter", "_start", "batch", "items")
+    __slots__ = ("_counted", "_meter", "_start", "batch", "items", "limit")
 
-    def __init__(self, items: Iterator[Any], meter: Meter, batch: Collection[Any] | None = None) -> None:
+    def __init__(self, items: Iterator[Any], meter: Meter, limit: int, batch: Collection[Any] | None = None) -> None:
         self.items = items
+        self.limit = limit
+        """How many items there are, at most; the loop takes off what it has asked for."""
         self.batch = batch
-        """The items as a collection; None when they come from where there cannot be an error among them."""
+        """The items as a collection; None when there cannot be an error among them."""
         self._meter = meter
         self._start = meter.__length_hint__()
         self._counted = 0
@@ -37,11 +39,12 @@ class Lot:
 
     def fresh(self) -> int:
         """How many have been taken since this was last asked."""
-        taken = self.taken
+        taken = self._start - self._meter.__length_hint__()
         fresh, self._counted = taken - self._counted, taken
         return fresh
 
-    @property
-    def left(self) -> int:
-        """How many the underlying iterator still has."""
-        return self._meter.__length_hint__()
+    def finish(self) -> tuple[int, int, int]:
+        """No more is taken: how many since last asked, how many in all, and how many the underlying iterator has left."""
+        left = self._meter.__length_hint__()
+        taken = self._start - left
+        return taken - self._counted, taken, left

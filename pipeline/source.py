@@ -15,8 +15,9 @@ from operator import length_hint
 from typing import Any, cast
 
 from .channel import Channel
-from .feeds import Feed, PromptFeed, WaitingFeed
+from .feeds import Feed, WaitingFeed
 from .metrics import Counters
+from .prompt import SEQUENCES, IteratorFeed, SequenceFeed
 from .runtime import PipelineRuntime
 
 __all__ = ["Source", "as_source"]
@@ -88,10 +89,12 @@ class Source:
         """Make the feed for one run. The iterator itself is only made when the run starts to pull."""
         self._used = True
         origin = self._origin
+        if type(origin) in SEQUENCES:
+            return SequenceFeed(origin, up, down)
         if type(origin) in _PROMPT_TYPES:
-            return PromptFeed(origin, runtime, up, down)
+            return IteratorFeed(origin, runtime, up, down)
         assert runtime.loop is not None
-        channel = Channel(capacity, up, down, runtime.loop)
+        channel = Channel(capacity, up, down, runtime.loop, errors=True)
         return WaitingFeed(origin, runtime, channel)
 
 

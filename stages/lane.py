@@ -22,6 +22,7 @@ from pipeline.runtime import PipelineRuntime
 from workers.base import is_pending
 from workers.loop import is_being_cancelled
 
+from .account import Account
 from .burst import Burst, compile_burst
 from .control import SKIP, PlainTypes
 from .desk import LAG
@@ -39,20 +40,6 @@ _WATCHED = 2048
 """Items timed one by one after a burst in which somebody held the loop."""
 _SHORT, _LONG = 0.0002, 0.0005
 """Seconds: a burst that takes less may grow; one that takes more shrinks, and is cut short."""
-
-
-class _Progress:
-    """A burst under way: what came of it so far, and how much of that is in the ledger."""
-
-    __slots__ = ("booked", "closed", "lot", "outputs", "skipped")
-
-    def __init__(self, lot: Lot, steps: int) -> None:
-        self.lot = lot
-        self.outputs: list[Any] = []
-        self.skipped = [0] * steps
-        self.booked = [(0, 0, 0, 0)] * steps
-        """For each step: items entered, left, skipped, passed on."""
-        self.closed = False
 
 
 class Lane:
@@ -85,8 +72,8 @@ class Lane:
         self._plain = PlainTypes()
         self._left: list[bool] = []
         """Not empty: the burst under way was closed while it was suspended."""
-        self._progress: _Progress | None = None
         self._running: Burst | None = None
+        self._times: list[float] = []
         self._coroutine: Any = None
         """The loop that runs, and its coroutine when it has one."""
         self._hand: int | None = None
@@ -109,6 +96,7 @@ class Lane:
         self._fast = compile_burst(kinds, self.outlet.keeps)
         self._timed = compile_burst(kinds, self.outlet.keeps, timed=True)
         self._calls = [step.call for step in steps]
+        self._account = Account([step.counters for step in steps], self.inlet, self.outlet)
         # Steps that all only compute are quick by nature; others may turn slow within one item.
         self._chunk = _BURST if all(step.sure for step in steps) else _CHUNK
 
@@ -177,26 +165,24 @@ class Lane:
 
     async def _burst(self, lot: Lot, loop: Burst) -> Unusual | None:
         """Run the written-out loop over a lot, then book it; what it could not finish is the caller's."""
-        runtime, stop = self._runtime, self._runtime.stop_flag
-        self._progress = progress = _Progress(lot, len(self._steps))
+        runtime, account, chunk = self._runtime, self._account, self._chunk
+        account.lot = lot
         self._running, self._coroutine = loop, None
         runtime.burst = self
         stopped: tuple[int, Any, Any] | None = None
         error: BaseException | None = None
-        times: list[float] = []
-        taken = 0
         began = perf_counter()
         try:
             while True:
                 run = loop.run(
-                    islice(lot.items, self._chunk),
-                    progress.outputs.append,
-                    stop,
+                    lot.items if lot.limit <= chunk else islice(lot.items, chunk),
+                    account.outputs.append,
+                    runtime.stop_flag,
                     self._left,
                     self._plain.known,
                     SKIP,
-                    progress.skipped,
-                    lambda: times.append(perf_counter()),
+                    account.skipped,
+                    self._note,
                     *self._calls,
                 )
                 if loop.awaits:
@@ -205,30 +191,36 @@ class Lane:
                     stopped = await run
                 else:
                     stopped = run
-                before, taken = taken, lot.taken
-                if stopped is not None or stop or taken - before < self._chunk or perf_counter() - began > _LONG:
+                lot.limit -= chunk
+                if stopped is not None or lot.limit <= 0 or runtime.stop_flag or perf_counter() - began > _LONG:
                     break
         except BaseException as caught:
             place = loop.failed_step(caught)
             if place is None or not isinstance(caught, FAILURES) or (loop.awaits and is_being_cancelled(caught)):
-                self._close(progress, place[0] if place else None)
+                self._close(place[0] if place else None)
                 raise  # not a step's failure
             error, stopped = caught, (*place, None)
-        finally:
+        if account.lot is not lot:
+            # It was suspended, and closed then; the lane may cover fewer steps by now.
             self._left.clear()
-        suspended = progress.closed
-        self._close(progress, stopped[0] if stopped else None)
-        if not suspended:
-            self._learn(lot.taken, perf_counter() - began, times, error is not None)
-        if stopped is None:
+            self._times.clear()
+            at = 0
+        else:
+            at = stopped[0] if stopped else None
+            self._learn(self._close(at), perf_counter() - began, failed=error is not None)
+        if stopped is None or at is None:
             return None
-        at, value, result = stopped
+        _, value, result = stopped
         if error is None:
             self._plain.has(result)  # if it is, the next one of its type stays in the burst
-        return Unusual(self.first + (0 if suspended else at), value, result, error)
+        return Unusual(self.first + at, value, result, error)
 
-    def _learn(self, taken: int, seconds: float, times: list[float], failed: bool) -> None:
+    def _note(self) -> None:
+        self._times.append(perf_counter())
+
+    def _learn(self, taken: int, seconds: float, *, failed: bool) -> None:
         """Adapt the size of bursts to how long this one took, and note its sample."""
+        times = self._times
         if times:
             if failed:
                 times.append(perf_counter())
@@ -236,6 +228,7 @@ class Lane:
             self._watched = max(self._watched - 1, 0)
             for step, began, ended in zip(self._steps, times, times[1:], strict=False):
                 step.clock(ended - began, weight)
+            times.clear()
         else:
             self._untimed += taken
             if seconds > LAG:
@@ -256,50 +249,20 @@ class Lane:
 
     def book_midway(self) -> None:
         """Somebody asks for a snapshot: book the burst so far, with one item at work in the step where it is."""
-        if self._progress is not None:
-            self._book(self._progress, self._at_work())
+        if self._account.lot is not None:
+            self._account.book_midway(self._at_work())
 
     def _at_work(self) -> int | None:
         assert self._running is not None
         return self._running.step_at_work(None if self._coroutine is None else self._coroutine.cr_frame)
 
-    def _close(self, progress: _Progress, at: int | None) -> None:
-        """The burst is over, or given up where it waits: book it, and give back what it has not begun."""
-        if progress.closed:
-            return
-        progress.closed = True
-        self._progress = None
+    def _close(self, at: int | None) -> int:
+        """The burst is over, or given up where it waits; see `Account.close`."""
+        if self._account.lot is None:
+            return 0
         if self._runtime.burst is self:
             self._runtime.burst = None
-        self._book(progress, at)
-        self.inlet.close_lot(progress.lot)
-
-    def _book(self, progress: _Progress, at: int | None) -> None:
-        """Count what a burst has done since the last time; one item is still in step `at`, or none.
-
-        Upstream first, so that no reading in another thread sees an item received that was not emitted.
-        """
-        self.inlet.count_lot(progress.lot)
-        last = len(self._steps) - 1
-        entered = progress.lot.taken
-        for index, step in enumerate(self._steps):
-            counters, booked = step.counters, progress.booked[index]
-            skipped = progress.skipped[index]
-            left = entered - (at == index)
-            if index:
-                counters.received += entered - booked[0]
-            counters.succeeded += left - booked[1]
-            counters.skipped += skipped - booked[2]
-            through = left - skipped
-            if index < last:
-                counters.emitted += through - booked[3]
-            elif not self.outlet.keeps:
-                self.outlet.put_count(through - booked[3])
-            elif progress.outputs:
-                self.outlet.put_many(progress.outputs)
-                progress.outputs.clear()
-            progress.booked[index] = (entered, left, skipped, through)
-            entered = through
+        return self._account.close(at)
 
     # --- handlers that wait
 
@@ -321,9 +284,9 @@ class Lane:
 
     def give_way(self) -> None:
         """The handler at work has suspended, if one is: close its burst, so that nobody else is held up by it."""
-        if self._progress is not None:
+        if self._account.lot is not None:
             at = self._at_work() or 0
-            self._close(self._progress, at)
+            self._close(at)
             self._left.append(True)
             at += self.first
         elif self._hand is not None:
