@@ -106,6 +106,11 @@ class Handler:
         """Look at a function once, at declaration; `StageConfigError` when it cannot take an item."""
         return cls(function, _kind_of(function), _takes_state(function), **options)
 
+    @property
+    def simple(self) -> bool:
+        """One call, one value: no second attempt, no clock, no outputs one by one."""
+        return self.retry.attempts == 1 and self.timeout is None and not self.kind.many
+
     def call(self, item: Any, state: WorkerState) -> Any:
         """Call the function; what it returns depends on its kind."""
         return self.function(item, state) if self.takes_state else self.function(item)

@@ -75,7 +75,7 @@ class InProcess:
 
     def check(self, stage: str, handlers: Sequence[Handler]) -> None:
         """Pickle the handlers, so that one that cannot travel is refused before anything starts."""
-        from .process.wire import pack_handler
+        from .process.handlers import pack_handler
 
         for handler in handlers:
             pack_handler(stage, handler)

@@ -1,7 +1,8 @@
 """What a stage and a pool of workers (threads, processes) say to each other.
 
-The rule kept here: the stage owns order, policy and counting; the pool owns who does what. Between them go jobs, and
-each job comes back once, with its `outcome`. All calls are on the run's loop.
+The rule kept here: the stage owns order, policy and counting; the pool owns who does what. Between them go parcels, whose
+results come back as they are there. A handler that needs more than one call for one value (attempts, a clock, outputs
+one by one) gets parcels of jobs; each job comes back once, with its `outcome`. All calls are on the run's loop.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from .base import Handler, Outcome
 if TYPE_CHECKING:
     from pipeline.runtime import PipelineRuntime
 
-__all__ = ["DONE", "HOLD_LIMIT", "PARTIAL_LIMIT", "Executor", "Job", "Order"]
+    from .parcel import Parcel
+
+__all__ = ["DONE", "HOLD_LIMIT", "PARTIAL_LIMIT", "Executor", "Job", "Order", "Pace"]
 
 HOLD_LIMIT = 2048
 """Items that one worker holds at most beside the one it works on."""
@@ -31,7 +34,7 @@ DONE = Outcome()
 class Job:
     """One item on its way through a pool. Its `outputs` (of a generator) may leave before its `outcome` is known."""
 
-    __slots__ = ("attempt", "booked", "by_value", "finished", "grant", "item", "outcome", "outputs", "passing", "queued", "retried", "settled", "spoiled", "value")
+    __slots__ = ("attempt", "booked", "finished", "grant", "item", "outcome", "outputs", "passing", "queued", "retried", "settled", "spoiled", "value")
 
     def __init__(self, item: Any) -> None:
         self.item = item
@@ -53,11 +56,8 @@ class Job:
         """The `Err` that a generator yielded: the item has failed, whatever comes after."""
         self.finished = False
         self.settled = False
-        self.by_value = False
-        """A worker could not read it when it was pickled by reference."""
         self.booked = False
         """The item is in the ledger already."""
-
 
     def add_output(self, output: Any) -> None:
         """One more output of a generator."""
@@ -76,12 +76,41 @@ class Order:
     handlers: Sequence[Handler]
     concurrency: int
     buffer: int | None
-    news: Callable[[Job], None]
-    """There are outputs, or the outcome, of this job."""
+    simple: bool
+    """Parcels hold the items themselves, not jobs."""
+    known: set[type]
+    """Types of ordinary outputs that the stage has seen; looked at from any thread."""
+    news: Callable[[Parcel], None]
+    """More of this parcel is finished."""
+    told: Callable[[Job], None]
+    """There are outputs of this job, which is still at work."""
+    took: Callable[[float, int], None]
+    """An item took so many seconds, as did so many in all; for jobs, their outcomes say it."""
     ready: Callable[[], None]
     """A worker may take more."""
     broke: Callable[[BaseException, str], None]
     """`setup` or `teardown` has raised (the second argument says which), or workers cannot start."""
+
+
+class Pace:
+    """How long items take, in seconds, as far as is known: the newest count most."""
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+
+    @property
+    def known(self) -> bool:
+        return self.mean > 0
+
+    def add(self, seconds: float, items: int) -> None:
+        """So many items took so long together."""
+        if seconds > 0 and items > 0:
+            share = 1 - 0.8**items if self.mean else 1.0
+            self.mean += (seconds / items - self.mean) * share
+
+    def items_in(self, seconds: float, limit: int) -> int:
+        """How many items take so long: at least one, and only one until anything is known."""
+        return min(max(int(seconds / self.mean), 1), limit) if self.mean else 1
 
 
 class Executor(Protocol):
@@ -93,19 +122,23 @@ class Executor(Protocol):
 
     @property
     def capacity(self) -> int:
-        """How many jobs the workers may hold at once, as things are."""
+        """How many items the workers may hold at once, as things are."""
         ...
 
     def room(self) -> int:
-        """How many more jobs may be handed over now."""
+        """How many more items may be handed over now: none, while a few more would only make a small parcel."""
         ...
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Hand over jobs; at most `room()`."""
+    def share(self, items: int) -> int:
+        """How many items shall go into one parcel, when there are so many."""
+        ...
+
+    def submit(self, parcels: Sequence[Parcel]) -> None:
+        """Hand over parcels; at most `room()` items."""
         ...
 
     async def close(self) -> None:
-        """No more jobs will come and all have come back: run `teardown`s, and wait until every worker has ended."""
+        """No more parcels will come and all have come back: run `teardown`s, and wait until every worker has ended."""
         ...
 
     def abort(self) -> None:

@@ -1,9 +1,9 @@
-"""A pool of threads that take jobs from one queue.
+"""A pool of threads that take parcels from one queue.
 
-The rule kept here: no item waits behind a slow one while another thread is idle. Quick jobs are queued in bunches, and
-a thread that takes a bunch offers it on at once, so that others take from it too; results are collected in a deque, and
-the loop is woken once for many. A thread cannot be killed: one
-that overruns its time is given up, its item fails, and another thread takes its place.
+The rule kept here: no item waits behind a slow one while another thread is idle, and no result behind a slow item. Quick
+items travel in parcels, which cost one wake-up for many. While parcels are out, the loop looks at them every millisecond:
+it takes what is finished, and what has not begun in a parcel that turns out to be slow goes to the other threads. A
+thread cannot be killed: one that overruns its time is given up, its item fails, and another thread takes its place.
 """
 
 from __future__ import annotations
@@ -12,22 +12,25 @@ import asyncio
 import queue
 from collections import deque
 from collections.abc import Sequence
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Any
 
 from pipeline.cancellation.reason import CancelReason
 from pipeline.runtime import PipelineRuntime
 
 from .base import Outcome, WorkerState
+from .parcel import Parcel
 from .performer import Performer, WorkerStopped
-from .pooled import HOLD_LIMIT, PARTIAL_LIMIT, Job, Order
+from .pooled import HOLD_LIMIT, PARTIAL_LIMIT, Job, Order, Pace
 
 __all__ = ["ThreadExecutor"]
 
-_TARGET = 0.001
+_AHEAD = 0.001
 """Seconds of work that a thread holds ahead, unless `buffer` says how many items."""
-_BUNCH, _BUNCH_LIMIT = 0.0001, 64
-"""Seconds of work, and jobs, in one bunch."""
+_PARCEL = 0.0001
+"""Seconds of work in one parcel: about what it costs to hand it over twice. Slower items go one by one."""
+_LOOK = 0.001
+"""Seconds between two looks at the parcels that are out."""
 _CREDIT_POLL = 0.1
 """Seconds between two looks at the stop token while a generator waits for room."""
 
@@ -37,17 +40,22 @@ class ThreadExecutor:
 
     def __init__(self, order: Order) -> None:
         self.order = order
-        self.bunches: queue.SimpleQueue[deque[Job] | None] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[Parcel | None] = queue.SimpleQueue()
         self._workers: set[_Worker] = set()
         self._started = 0
         self._given = 0
-        self._mean = 0.0
-        self._results: deque[tuple[_Worker, Job, Outcome]] = deque()
+        self._out = 0
+        """Parcels that have not come back."""
+        self._pace = Pace()
+        self.capacity = self._size = 1
+        self._adapt()
+        self._back: deque[tuple[_Worker, Parcel]] = deque()
         self._woken = False
         self._closing = False
         self._aborted = False
         self._all_gone: asyncio.Future[None] | None = None
         self._clock: asyncio.TimerHandle | None = None
+        self._looking: asyncio.TimerHandle | None = None
 
     # --- what the stage asks
 
@@ -57,26 +65,25 @@ class ThreadExecutor:
             for _ in range(self.order.concurrency):
                 self._hire()
 
-    @property
-    def capacity(self) -> int:
-        return self.order.concurrency * (1 + self._hold())
-
     def room(self) -> int:
-        return 0 if self._aborted else self.capacity - self._given
+        room = self.capacity - self._given
+        # Less than a parcel's worth means that every thread still has one.
+        return room if room >= self._size and not self._aborted else 0
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        self._given += len(jobs)
-        size = min(max(int(_BUNCH / self._mean), 1), _BUNCH_LIMIT) if self._mean else 1
-        for start in range(0, len(jobs), size):
-            self.bunches.put(deque(jobs[start : start + size]))
-        while len(self._workers) < min(self._given, self.order.concurrency):
-            self._hire()
+    def share(self, items: int) -> int:
+        return self._size
+
+    def submit(self, parcels: Sequence[Parcel]) -> None:
+        for parcel in parcels:
+            self._given += len(parcel.items)
+            self._put(parcel)
+        self._look_later()
         self._watch_clock()
 
     async def close(self) -> None:
         self._closing = True
         for _ in self._workers:
-            self.bunches.put(None)
+            self.queue.put(None)
         if self._workers:
             self._all_gone = asyncio.get_running_loop().create_future()
             await self._all_gone  # a `teardown` may take its time; a stop cancels this wait
@@ -85,18 +92,33 @@ class ThreadExecutor:
         if self._aborted:
             return
         self._aborted = True
-        self._stop_clock()
+        for timer in (self._clock, self._looking):
+            if timer is not None:
+                timer.cancel()
         for worker in self._workers:
             worker.interrupt()
-            self.bunches.put(None)
+            self.queue.put(None)
 
-    def _hold(self) -> int:
-        """Items that a thread may hold ahead: as `buffer` says, or about a millisecond's work."""
+    def _ahead(self) -> int:
+        """Items that a thread may hold ahead: as `buffer` says, or about a millisecond's work; one, until items are known."""
+        if not self._pace.known:
+            return 1
         if self.order.buffer is not None:
             return min(max(self.order.buffer, 1), HOLD_LIMIT)
-        return min(max(int(_TARGET / self._mean), 1), HOLD_LIMIT) if self._mean else 1
+        return self._pace.items_in(_AHEAD, HOLD_LIMIT)
 
-    # --- threads and results
+    def _adapt(self) -> None:
+        ahead = self._ahead()
+        self.capacity = self.order.concurrency * (1 + ahead)
+        self._size = self._pace.items_in(_PARCEL, 1 + ahead)
+
+    # --- parcels go and come back
+
+    def _put(self, parcel: Parcel) -> None:
+        self._out += 1
+        self.queue.put(parcel)
+        if len(self._workers) < min(self._out, self.order.concurrency):
+            self._hire()
 
     def _hire(self) -> None:
         worker = _Worker(self, self._started)
@@ -104,26 +126,40 @@ class ThreadExecutor:
         self._workers.add(worker)
         self.order.runtime.start_thread(worker.main, name=f"{self.order.stage}:worker-{worker.number}")
 
-    def finished(self, worker: _Worker, job: Job, outcome: Outcome) -> None:
-        """From a worker's thread: a job is done."""
-        self._results.append((worker, job, outcome))
+    def came_back(self, worker: _Worker, parcel: Parcel) -> None:
+        """From a worker's thread: nothing is left to do in a parcel."""
+        self._back.append((worker, parcel))
         if not self._woken:
             self._woken = True
             self.order.runtime.call_soon_threadsafe(self._collect)
 
     def _collect(self) -> None:
         self._woken = False  # before looking: what is appended from now on rings again
-        results = self._results
-        while results:
-            worker, job, outcome = results.popleft()
+        back = self._back
+        while back:
+            worker, parcel = back.popleft()
             if self._aborted or worker.given_up:
                 continue
-            self._given -= 1
-            if outcome.seconds > 0:
-                self._mean = self._mean * 0.8 + outcome.seconds * 0.2 if self._mean else outcome.seconds
-            job.outcome = outcome
-            self.order.news(job)
+            self._out -= 1
+            self._clocked(parcel)
+            self._tell(parcel)
+        self._look_later()
         self.order.ready()
+
+    def _clocked(self, parcel: Parcel) -> None:
+        items = len(parcel.items)
+        self._pace.add(parcel.seconds, items)
+        self._adapt()
+        if self.order.simple and items:
+            self.order.took(parcel.seconds / items, items)
+
+    def _tell(self, parcel: Parcel) -> None:
+        """Pass on what has been finished in a parcel since the last time."""
+        fresh = parcel.done - parcel.counted
+        if fresh:
+            parcel.counted += fresh
+            self._given -= fresh
+            self.order.news(parcel)
 
     def gone(self, worker: _Worker, error: BaseException | None, what: str) -> None:
         """On the loop: a worker's thread is about to end."""
@@ -133,6 +169,38 @@ class ThreadExecutor:
         if not self._workers and self._all_gone is not None and not self._all_gone.done():
             self._all_gone.set_result(None)
 
+    # --- parcels that take long
+
+    def _look_later(self) -> None:
+        # More items than parcels: somewhere an item is behind another one.
+        if self._given > self._out and self._looking is None and not self._aborted:
+            self._looking = asyncio.get_running_loop().call_later(_LOOK, self._look)
+
+    def _look(self) -> None:
+        """See what is finished meanwhile, and give away what waits behind a slow item while somebody is idle."""
+        self._looking = None
+        for worker in list(self._workers):
+            parcel, seen = worker.parcel, worker.seen
+            worker.seen = parcel
+            if parcel is not None:
+                if parcel is seen:
+                    self._share_out(parcel)
+                self._tell(parcel)
+        self._look_later()
+        self.order.ready()
+
+    def _share_out(self, parcel: Parcel) -> None:
+        idle = self.order.concurrency - sum(worker.parcel is not None for worker in self._workers)
+        if idle <= 0 or not self.queue.empty():
+            return
+        rest = parcel.take_unbegun()
+        while rest is not None:
+            size = -(-len(rest.items) // max(idle, 1))
+            idle -= 1
+            following = rest.split(size) if size < len(rest.items) else None
+            self._put(rest)
+            rest = following
+
     # --- the clock of attempts
 
     def _watch_clock(self) -> None:
@@ -140,11 +208,6 @@ class ThreadExecutor:
         if timeout is not None and self._clock is None and not self._aborted:
             loop = asyncio.get_running_loop()
             self._clock = loop.call_later(min(timeout / 4, 0.25), self._look_at_clock, timeout)
-
-    def _stop_clock(self) -> None:
-        if self._clock is not None:
-            self._clock.cancel()
-            self._clock = None
 
     def _look_at_clock(self, timeout: float) -> None:
         self._clock = None
@@ -158,38 +221,52 @@ class ThreadExecutor:
 
     def _give_up(self, worker: _Worker, job: Job, timeout: float) -> None:
         """A thread overruns: leave it behind, try its item again or fail it, and hire another."""
+        parcel = worker.parcel
+        if parcel is None or parcel.done >= len(parcel.items):
+            return  # it has just come to its end
         worker.given_up = True
+        rest = parcel.take_unbegun()
         worker.interrupt()
         self._workers.discard(worker)
+        self._out -= 1
+        stuck = parcel.split(parcel.done)
+        self._tell(parcel)
         error = TimeoutError(f"the attempt took more than {timeout:g} s; its thread cannot be stopped and was left behind")
         attempt = worker.state.attempt
         delay = self.order.handlers[0].retry.delay(attempt, error)
         if delay is None:
-            self._given -= 1
-            job.outcome = Outcome(error=error, attempts=attempt, retried=attempt - job.attempt, timed_out=True, seconds=timeout)
-            self.order.news(job)
+            stuck.fail(Outcome(error=error, attempts=attempt, retried=attempt - job.attempt, timed_out=True, seconds=timeout))
+            self._tell(stuck)
         else:
             job.retried += attempt - job.attempt + 1
             job.attempt = attempt + 1
-            asyncio.get_running_loop().call_later(delay, self.bunches.put, deque((job,)))
+            asyncio.get_running_loop().call_later(delay, self._put, stuck)
+        if rest is not None:
+            self._put(rest)
         self._hire()
         self.order.ready()
 
 
 class _Worker:
-    """One thread: takes jobs, calls the handler, hands back outcomes. `main` and below run in the thread."""
+    """One thread: takes parcels, calls the handler, hands back results. `main` and below run in the thread."""
 
     def __init__(self, executor: ThreadExecutor, number: int) -> None:
         self.number = number
+        self.parcel: Parcel | None = None
+        self.seen: Parcel | None = None
+        """The parcel at the loop's last look."""
         self.job: Job | None = None
         self.began = 0.0
         self.given_up = False
         self._executor = executor
-        self._runtime: PipelineRuntime = executor.order.runtime
         order = executor.order
+        self._runtime: PipelineRuntime = order.runtime
+        self.requests = order.runtime.stop_flag
+        self._known = order.known if order.simple else frozenset((Outcome,))
         handler = order.handlers[number % len(order.handlers)]
         self.state = WorkerState(order.stage, number, self)
         self._performer = Performer(handler, self.state, self)
+        self._call = handler.bound(self.state) if order.simple else self._perform
         self._credits: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._credit = 0
         self._stop = False
@@ -235,13 +312,16 @@ class _Worker:
 
     def _tell(self, job: Job) -> None:
         if not self.given_up and not job.settled:
-            self._executor.order.news(job)
+            self._executor.order.told(job)
 
     # --- from the loop
 
     def interrupt(self) -> None:
-        """Ask the thread to stop: the token turns, a running coroutine is cancelled."""
+        """Ask the thread to stop: the token turns, a running coroutine is cancelled, nothing more begins."""
         self._stop = True
+        parcel = self.parcel
+        if parcel is not None:
+            parcel.take_unbegun()
         self._performer.interrupt()
 
     # --- the thread
@@ -262,25 +342,34 @@ class _Worker:
         self._runtime.call_soon_threadsafe(self._executor.gone, self, error, what)
 
     def _work(self) -> None:
-        bunches = self._executor.bunches
-        many = self._performer.many
-        bunch: deque[Job] = deque()
+        parcels = self._executor.queue
         while not self.cancelled:
-            try:
-                job = bunch.popleft()
-            except IndexError:
-                following = bunches.get()
-                if following is None:
-                    return
-                bunch = following
-                if len(bunch) > 1:
-                    bunches.put(bunch)  # whoever is idle takes from it as well
-                continue
-            self.job = job
-            if many:
-                self._credits, self._credit = queue.SimpleQueue(), PARTIAL_LIMIT
-                job.grant = self._credits.put
-            outcome = self._performer.perform(job.item, job.attempt)
-            outcome.retried += job.retried
-            self.job, self.began = None, 0.0
-            self._executor.finished(self, job, outcome)
+            parcel = parcels.get()
+            if parcel is None or self.cancelled:
+                return
+            self.parcel = parcel
+            began = perf_counter()
+            self._performer.run(parcel.source, self._call, self._known, self._unusual, parcel.results)
+            parcel.seconds = perf_counter() - began
+            self.parcel = None
+            self._executor.came_back(self, parcel)
+            parcel = None  # what it held is not ours any more
+
+    def _unusual(self, result: Any) -> Any:
+        """A result whose type is not known yet: await what is to be awaited; the stage will look at the rest."""
+        result = self._performer.finish(result)
+        parcel = self.parcel
+        if parcel is not None and type(result) not in self._known:
+            parcel.ordinary = False
+        return result
+
+    def _perform(self, job: Job) -> Outcome:
+        """Everything that an item may need; never raises."""
+        self.job = job
+        if self._performer.many:
+            self._credits, self._credit = queue.SimpleQueue(), PARTIAL_LIMIT
+            job.grant = self._credits.put
+        outcome = self._performer.perform(job.item, job.attempt)
+        outcome.retried += job.retried
+        self.job, self.began = None, 0.0
+        return outcome

@@ -4,8 +4,9 @@ The rules kept here:
 
 - A reader thread always reads, so that a stop is seen while the handler works, and the parent never blocks.
 - The process ends when its parent does, whatever ends that: the reader watches the parent's sentinel.
-- A finished result leaves before the next item begins, unless another has just left; then within milliseconds, however
+- A finished result leaves before the next item begins, unless others have just left; then within milliseconds, however
   long the next item takes. A worker that is killed takes little with it, and the shared words say what.
+- A result is pickled before the next item begins: what a handler keeps and changes later does not change it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import queue
 import select
 import signal
 import threading
+from collections.abc import Callable, Collection, Iterator
+from itertools import islice
+from operator import length_hint
 from time import monotonic_ns, perf_counter
 from typing import Any
 
@@ -26,12 +30,28 @@ from pipeline.cancellation.reason import CancelReason
 from ..base import Outcome, WorkerState
 from ..performer import Performer, WorkerStopped
 from ..pooled import PARTIAL_LIMIT
-from .wire import ChildEnd, Frame, FrameReader, Packed, SharedWords, frame, pack, portable, unpack, unpack_handler
+from .handlers import unpack_handler
+from .shared import ChildEnd, SharedWords
+from .wire import (
+    SCALARS,
+    Frame,
+    FrameReader,
+    RefusedError,
+    UnreadableError,
+    box,
+    box_outcome,
+    frame,
+    open_box,
+    portable,
+    unsendable_result,
+)
 
 __all__ = ["main"]
 
-_FLUSH = 0.0002
-"""Seconds after which finished results are sent before the next item begins."""
+_FLUSH = 0.001
+"""Seconds after which finished results are sent before the next item begins; the last ones of a run are sent at once."""
+_STRIDE = 256
+"""Items between two looks at the clock, at most; fewer as soon as items turn out to be slow."""
 _CHUNK = 1 << 16
 _OUTPUTS = 16
 """Outputs of a generator in one frame, at most."""
@@ -44,7 +64,8 @@ class _HungUp(Exception):
     """The parent has closed its end."""
 
 
-JobEntry = tuple[int, int, Packed]
+Run = tuple[int, list[Any], bool]
+"""The number of the first item, the items, and whether some are in boxes."""
 
 
 def main(down: ChildEnd, up: ChildEnd, words: SharedWords, handler: bytes, stage: str, number: int) -> None:
@@ -64,23 +85,36 @@ def main(down: ChildEnd, up: ChildEnd, words: SharedWords, handler: bytes, stage
     child.live(handler)
 
 
+_BOXES: frozenset[type] = frozenset({tuple})
+"""What comes of jobs."""
+
+
 class _Child:
     def __init__(self, down: ChildEnd, up: ChildEnd, words: SharedWords, stage: str, number: int) -> None:
         self._down = down.number
         self._up = up.number
         self._words = words.words
         self._shared = words
-        self._jobs: queue.SimpleQueue[list[JobEntry] | None] = queue.SimpleQueue()
-        self._credits: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._credit = 0
-        self._outputs: list[Packed] = []
-        self._results: list[tuple[int, Any]] = []
+        self._runs: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
+        self._runs_in = self._runs_done = 0
+        self._at_work: tuple[Iterator[Any], int] = (iter(()), 0)
+        """What has not begun of the run at work, which the reader may take away, and the number behind its last item."""
+        self._stride = 1
+        self._results: list[Any] = []
+        self._boxed = False
+        """There are boxes among the results of this run."""
+        self._sent = 0
+        """The number of the first result that has not been sent."""
+        self._seconds = 0.0
         self._flushed = 0.0
         self._writing = threading.RLock()
         self._let_go = False
-        self._batches_in = self._batches_done = 0
-        self._job = 0
+        self._credits: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._credit = 0
+        self._outputs: list[Any] = []
         self._performer: Performer | None = None
+        self._call: Callable[[Any], Any] = abs
+        self.requests: list[CancelReason | None] = []
         self.cancelled = False
         self.reasons: tuple[CancelReason, ...] = ()
         self._state = WorkerState(stage, number, self)
@@ -98,59 +132,106 @@ class _Child:
         try:
             loaded = unpack_handler(handler)
             self._performer = performer = Performer(loaded, self._state, self)
+            self._call = loaded.bound(self._state)
             what = "setup"
             performer.open()
             self._write(frame(Frame.READY, None))
-            self._work(performer)
+            self._work(performer, simple=loaded.simple)
             what = "teardown"
             performer.close()
         except _HungUp:
             return  # leave quietly
         except BaseException as error:
             with contextlib.suppress(_HungUp):
-                self._write(frame(Frame.BROKEN, (what, pack(portable(error)))))
+                self._write(frame(Frame.BROKEN, (what, box(portable(error)))))
 
-    def _work(self, performer: Performer) -> None:
-        words = self._words
+    def _work(self, performer: Performer, *, simple: bool) -> None:
         while not self.cancelled:
-            batch = self._jobs.get()
-            if batch is None:
+            run = self._runs.get()
+            if run is None:
                 return
-            for job, attempt, packed in batch:
-                if self.cancelled:
-                    return
-                self._job = job
-                words[SharedWords.ITEM] = job + 1
-                outcome = self._handle(performer, attempt, packed)  # may flush, and so replace the list below
-                self._results.append((job, outcome))
-                if perf_counter() - self._flushed > _FLUSH:
-                    self._flush()
-            self._flush()
-            self._batches_done += 1
-            words[SharedWords.ITEM] = 0
+            first, items, boxed = run
+            if simple:
+                self._do(performer, first, items, self._open_and_call if boxed else self._call, SCALARS)
+            else:
+                self._do(performer, first, items, self._perform, _BOXES)
+            self._runs_done += 1
 
-    def _handle(self, performer: Performer, attempt: int, packed: Packed) -> Any:
-        """The outcome of one item as a tuple; for an item that cannot be unpickled, None in place of the outcome."""
+    def _do(self, performer: Performer, first: int, items: list[Any], call: Callable[[Any], Any], known: Collection[type]) -> None:
+        """One run of items, with a look at the clock now and then."""
+        source = iter(items)
+        self._sent, self._boxed = first, known is _BOXES
+        self._at_work = (source, first + len(items))
+        numbered = self._numbered(source, first)
+        began = perf_counter()
+        while length_hint(source) and not self.cancelled:
+            performer.run(islice(numbered, self._stride), call, known, self._box, self._results)
+            now = perf_counter()
+            spent, began = now - began, now
+            self._seconds += spent
+            self._stride = max(self._stride // 4, 1) if spent > _FLUSH / 2 else min(self._stride * 2, _STRIDE)
+            if now - self._flushed > _FLUSH:
+                self._flush()
+        self._flush()
+        self._words[SharedWords.ITEM] = 0
+
+    def _numbered(self, items: Iterator[Any], first: int) -> Iterator[Any]:
+        """The items, each one's number written down before it begins."""
+        words, at = self._words, SharedWords.ITEM
+        for words[at], item in enumerate(items, first + 1):  # one store an item
+            yield item
+
+    def _open_and_call(self, boxed: Any) -> Any:
         try:
-            item = unpack(packed)
+            item = open_box(boxed)
+        except RefusedError as error:
+            raise TypeError(str(error)) from None
         except Exception as error:  # an item's own unpickling code may raise anything
-            return (Frame.UNREADABLE, f"{type(error).__name__}: {error}")
+            raise UnreadableError(f"{type(error).__name__}: {error}") from None
+        return self._call(item)
+
+    def _perform(self, entry: tuple[int, Any]) -> Any:
+        """A job: everything that an item may need, to a box with its outcome."""
+        attempt, boxed = entry
+        assert self._performer is not None
+        try:
+            item = open_box(boxed)
+        except RefusedError as error:
+            return box_outcome(Outcome(error=TypeError(str(error)), attempts=attempt))
+        except Exception as error:  # likewise
+            return box_outcome(Outcome(error=UnreadableError(f"{type(error).__name__}: {error}")))
         self._credit, self._credits = PARTIAL_LIMIT, queue.SimpleQueue()
-        outcome = performer.perform(item, attempt)
-        if outcome.error is None and not outcome.many:
-            try:
-                return (Frame.RESULTS, pack(outcome.value), outcome.attempts, outcome.retried, outcome.seconds)
-            except Exception as error:  # likewise when it is pickled
-                outcome.error = TypeError(f"the result cannot be sent back from the worker process: {type(error).__name__}: {error}")
+        outcome = self._performer.perform(item, attempt)
         self._flush_outputs()
-        return (Frame.BROKEN, _packed_outcome(outcome))
+        return box_outcome(outcome)
+
+    def _box(self, result: Any) -> Any:
+        """A result that is not a plain scalar: await what is to be awaited, and pickle it at once."""
+        if not isinstance(result, Outcome):
+            assert self._performer is not None
+            result = self._performer.finish(result)
+            if type(result) in SCALARS:
+                return result
+        self._boxed = True
+        if not isinstance(result, Outcome):
+            try:
+                return box(result)
+            except Exception as error:  # a result's own pickling code may raise anything
+                result = Outcome(error=unsendable_result(error))
+        return box_outcome(result)
 
     def _flush(self) -> None:
         """Send what is finished. Also from the reader's thread, when an item takes long."""
         with self._writing:
-            results, self._results = self._results, []
-            if results:
-                self._write(frame(Frame.RESULTS, results))
+            count = len(self._results)
+            if count:
+                results = self._results[:count]
+                del self._results[:count]
+                first, self._sent = self._sent, self._sent + count
+                seconds = 0.0
+                if threading.current_thread() is threading.main_thread():
+                    seconds, self._seconds = self._seconds, 0.0
+                self._write(frame(Frame.RESULTS, (first, results, self._boxed, seconds)))
         self._flushed = perf_counter()
 
     # --- what the performer asks
@@ -164,7 +245,7 @@ class _Child:
 
     def send(self, output: Any) -> None:
         """One output of a generator; waits, off the attempt's clock, while too many have not left downstream."""
-        self._outputs.append(pack(output))
+        self._outputs.append(box(output))
         self._credit -= 1
         if len(self._outputs) >= _OUTPUTS or self._credit <= 0 or perf_counter() - self._flushed > _FLUSH:
             self._flush_outputs()
@@ -181,7 +262,7 @@ class _Child:
         if self._outputs:
             outputs, self._outputs = self._outputs, []
             self._flush()  # results of earlier items first
-            self._write(frame(Frame.OUTPUTS, (self._job, outputs)))
+            self._write(frame(Frame.OUTPUTS, (self._words[SharedWords.ITEM] - 1, outputs)))
             self._flushed = perf_counter()
 
     def _write(self, data: bytes) -> None:
@@ -203,7 +284,7 @@ class _Child:
             poll.register(parent.sentinel, select.POLLIN | select.POLLHUP)
         reader = FrameReader()
         while True:
-            ready = {descriptor for descriptor, _ in poll.poll(_LOOK if self._batches_in != self._batches_done else None)}
+            ready = {descriptor for descriptor, _ in poll.poll(_LOOK if self._runs_in != self._runs_done else None)}
             if not ready:
                 with contextlib.suppress(_HungUp):
                     self._flush()  # an item takes long: what was finished before it does not wait for it
@@ -216,26 +297,42 @@ class _Child:
                 break
             for kind, content in reader.feed(chunk):
                 self._obey(kind, content)
-        self._jobs.put(None)
+        self._runs.put(None)
         if parent is not None:
             poll.unregister(self._down)
             poll.poll()
             os._exit(1)
 
     def _obey(self, kind: Frame, content: Any) -> None:
-        if kind is Frame.JOBS:
-            self._batches_in += 1
-            self._jobs.put(content)
+        if kind is Frame.ITEMS:
+            self._runs_in += 1
+            self._runs.put(content)
         elif kind is Frame.CREDIT:
             self._credits.put(content)
+        elif kind is Frame.RECALL:
+            self._return()
         elif kind is Frame.CANCEL:
             self.reasons, self.cancelled = content, True
+            self.requests.append(None)
             self._credits.put(0)
-            self._jobs.put(None)
+            self._runs.put(None)
             if self._performer is not None:
                 self._performer.interrupt()
 
-
-def _packed_outcome(outcome: Outcome) -> tuple[Any, ...]:
-    error = None if outcome.error is None else pack(portable(outcome.error))
-    return (error, outcome.trace, outcome.attempts, outcome.retried, outcome.seconds, outcome.timed_out, outcome.many)
+    def _return(self) -> None:
+        """Another worker is idle: give back what has not begun."""
+        number: int | None = None
+        waiting: list[Run] = []
+        with contextlib.suppress(queue.Empty):
+            while (run := self._runs.get_nowait()) is not None:
+                waiting.append(run)
+            self._runs.put(None)  # the end stays the end
+        if waiting:
+            number = waiting[0][0]
+            self._runs_in -= len(waiting)
+        source, end = self._at_work
+        rest = list(source)
+        if rest:
+            number = end - len(rest)
+        with contextlib.suppress(_HungUp):
+            self._write(frame(Frame.RETURNED, number))

@@ -28,7 +28,9 @@ from pipeline.errors import PipelineError
 from pipeline.runtime import PipelineRuntime, ProcessLike
 
 from . import child
-from .wire import ChildEnd, Frame, FrameReader, SharedWords, frame, main_is_importable
+from .handlers import main_is_importable
+from .shared import ChildEnd, SharedWords
+from .wire import Frame, FrameReader, frame
 
 __all__ = ["WorkerLink", "program_is_ending"]
 

@@ -3,7 +3,8 @@
 The rules kept here:
 
 - A worker that dies costs the item that it was at, and nothing else: what it held goes to the others. (Items that were
-  finished and whose results had not left the worker yet, at most a fraction of a millisecond's worth, are done again.)
+  finished and whose results had not left the worker yet, at most a few milliseconds' worth, are done again.)
+- No item waits behind a slow one while another worker is idle: what has not begun is called back.
 - Descriptors on this side never block, so that two full pipes can never wait for each other.
 - Workers that die without finishing anything are replaced a bounded number of times; one that cannot even start fails
   the run with the cause.
@@ -13,24 +14,31 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from time import monotonic_ns
 from typing import Any
 
 from pipeline.errors import WorkerLostError
 
 from ..base import Handler, HandlerKind, Outcome
-from ..pooled import HOLD_LIMIT, Job, Order
+from ..parcel import Parcel
+from ..pooled import HOLD_LIMIT, Job, Order, Pace
+from .handlers import pack_handler
 from .link import WorkerLink, program_is_ending
-from .wire import Frame, SharedWords, pack, pack_handler, unpack
+from .load import Load
+from .shared import SharedWords
+from .wire import SCALARS, Frame, box, is_unreadable, open_box, open_outcome, refusal
 
 __all__ = ["ProcessExecutor"]
 
 _TARGET = 0.002
-"""Seconds of work in one batch; a worker holds two, unless `buffer` says how many items."""
+"""Seconds of work in one parcel; a worker holds two, unless `buffer` says how many items."""
 _SLOW = 0.02
 """Seconds: items that take longer are handed over one by one. The way there and back, some 0.2 ms, is then within 1%,
 and no item waits behind another while a worker is free."""
+_LOOK = 0.005
+"""Seconds between two looks at whether items wait behind a slow one while a worker is idle."""
 _BACKOFF = 0.05
 """Seconds before the second replacement in a row; doubles up to one second."""
 _MARGIN = 0.25
@@ -45,17 +53,21 @@ class ProcessExecutor:
         self._method = start_method
         self._restarts = restarts
         self._packed = [pack_handler(order.stage, handler) for handler in order.handlers]
-        self._workers: dict[WorkerLink, _Load] = {}
-        self._backlog: deque[Job] = deque()
+        self._loads: dict[WorkerLink, Load] = {}
+        self._backlog: deque[Parcel] = deque()
         self._number = 0
         self._deaths = 0
         self._given = 0
-        self._mean = 0.0
+        self._pace = Pace()
+        self._hold = self._size = 1
+        """Items that one worker may have, the one at work included; items in one parcel."""
+        self._adapt()
         self._hopeless: WorkerLostError | None = None
         self._closing = False
         self._aborted = False
         self._all_gone: asyncio.Future[None] | None = None
         self._clock: asyncio.TimerHandle | None = None
+        self._looking: asyncio.TimerHandle | None = None
 
     # --- what the stage asks
 
@@ -65,28 +77,32 @@ class ProcessExecutor:
 
     @property
     def capacity(self) -> int:
-        return self._order.concurrency * self._hold()
+        return self._order.concurrency * self._hold
 
     def room(self) -> int:
         if self._aborted:
             return 0
         if self._hopeless is not None:
             return HOLD_LIMIT
-        if not any(link.ready for link in self._workers):
-            return 0
-        return self.capacity - self._given
+        room = self.capacity - self._given
+        # Less than a parcel's worth means that every worker still has one.
+        return room if room >= self._size and any(link.ready for link in self._loads) else 0
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        self._given += len(jobs)
-        self._backlog.extend(jobs)
+    def share(self, items: int) -> int:
+        return self._size
+
+    def submit(self, parcels: Sequence[Parcel]) -> None:
+        for parcel in parcels:
+            self._given += len(parcel.items)
+        self._backlog.extend(parcels)
         self._hand_out()
 
     async def close(self) -> None:
         self._closing = True
-        self._stop_clock()
-        for link in self._workers:
+        self._stop_timers()
+        for link in self._loads:
             link.hang_up()
-        if self._workers:
+        if self._loads:
             self._all_gone = asyncio.get_running_loop().create_future()
             await self._all_gone  # a `teardown` may take its time; a stop cancels this wait
 
@@ -94,25 +110,25 @@ class ProcessExecutor:
         if self._aborted:
             return
         self._aborted = True
-        self._stop_clock()
-        for link in self._workers:
+        self._stop_timers()
+        for link in self._loads:
             link.send(Frame.CANCEL, self._order.runtime.reasons)
             link.hang_up()
 
-    def _hold(self) -> int:
-        """Items that one worker may have, the one at work included."""
+    def _adapt(self) -> None:
+        slow = not self._pace.known or self._pace.mean > _SLOW
         if self._order.buffer is not None:
-            return 1 + min(max(self._order.buffer, 1), HOLD_LIMIT)
-        if not self._mean or self._mean > _SLOW:
-            return 1
-        return min(2 * max(int(_TARGET / self._mean), 1), HOLD_LIMIT)
+            self._hold = 1 + min(max(self._order.buffer, 1), HOLD_LIMIT if self._pace.known else 1)
+        else:
+            self._hold = 1 if slow else min(2 * self._pace.items_in(_TARGET, HOLD_LIMIT), HOLD_LIMIT)
+        self._size = 1 if slow else self._pace.items_in(_TARGET, max(self._hold // 2, 1))
 
     # --- workers come
 
     def _hire(self) -> None:
         number = self._number
         self._number += 1
-        load = _Load(self._order.handlers[number % len(self._order.handlers)])
+        load = Load(self._order.handlers[number % len(self._order.handlers)])
         link = WorkerLink(
             self._order.runtime,
             f"{self._order.stage}:worker-{number}",
@@ -121,55 +137,60 @@ class ProcessExecutor:
             on_frame=self._obey,
             on_end=self._ended,
         )
-        self._workers[link] = load
+        self._loads[link] = load
         link.start()
 
-    # --- jobs go
+    # --- parcels go
 
     def _hand_out(self) -> None:
         """Give the backlog to the workers, evenly, each no more than it may hold."""
         if self._hopeless is not None:
             self._fail_backlog(self._hopeless)
-        ready = [(link, load) for link, load in self._workers.items() if link.ready and not load.doomed]
+        ready = [(link, load) for link, load in self._loads.items() if link.ready and not load.doomed]
         # While some are still starting, nobody gets a second item that one of them could begin at once.
-        hold = self._hold() if len(ready) == len(self._workers) else 1
-        while self._backlog:
-            free = sorted((item for item in ready if len(item[1].jobs) < hold), key=lambda item: len(item[1].jobs))
-            if not free:
+        hold = self._hold if len(ready) == len(self._loads) else 1
+        backlog = self._backlog
+        while backlog and ready:
+            link, load = min(ready, key=_held)
+            space = hold - load.held
+            if space < min(len(backlog[0].items), self._size, hold):
                 break
-            share = max(1, -(-len(self._backlog) // len(free)))
-            for link, load in free:
-                self._give(link, load, min(share, hold - len(load.jobs), len(self._backlog)))
+            parcel = backlog.popleft()
+            idle = sum(not other.held for _, other in ready)
+            # The last ones are shared among all that have nothing to do.
+            size = min(space, -(-len(parcel.items) // max(idle - len(backlog), 1)))
+            if size < len(parcel.items):
+                backlog.appendleft(parcel.split(size))
+            self._give(link, load, parcel)
         self._watch_clock()
+        self._look_later()
 
-    def _give(self, link: WorkerLink, load: _Load, count: int) -> None:
-        entries: list[tuple[int, int, Any]] = []
-        for _ in range(count):
-            job = self._backlog.popleft()
-            try:
-                packed = pack(job.item, by_value=job.by_value)
-            except Exception as error:  # an item's own pickling code may raise anything
-                self._finish(job, Outcome(error=_unsendable(error), attempts=job.attempt))
-                continue
-            number = load.add(job)
-            job.grant = lambda left, number=number: self._grant(link, load, number, left)
-            entries.append((number, job.attempt, packed))
-        if entries:
-            link.send(Frame.JOBS, entries)
+    def _give(self, link: WorkerLink, load: Load, parcel: Parcel) -> None:
+        load.add(parcel)
+        if self._order.simple:
+            items = parcel.items
+            boxed = not SCALARS.issuperset(map(type, items))
+            if boxed:
+                items = [_boxed(item, parcel) for item in items]
+        else:
+            items, boxed = [(job.attempt, _boxed(job.item, parcel)) for job in parcel.items], True
+            if load.handler.kind.many:
+                for job in parcel.items:
+                    job.grant = partial(self._grant, link, load, job)
+        link.send(Frame.ITEMS, (parcel.first, items, boxed))
 
-    def _grant(self, link: WorkerLink, load: _Load, number: int, left: int) -> None:
-        if number in load.jobs and not self._aborted:
+    def _grant(self, link: WorkerLink, load: Load, job: Job, left: int) -> None:
+        if load.next is job and not self._aborted:
             link.send(Frame.CREDIT, left)
 
     # --- news comes
 
     def _obey(self, link: WorkerLink, kind: Frame, content: Any) -> None:
-        load = self._workers.get(link)
+        load = self._loads.get(link)
         if load is None or self._aborted:
             return
         if kind is Frame.RESULTS:
-            for number, result in content:
-                self._result(load, number, result)
+            self._results(load, *content)
             self._deaths = 0
             self._hand_out()
         elif kind is Frame.OUTPUTS:
@@ -177,6 +198,8 @@ class ProcessExecutor:
         elif kind is Frame.READY:
             link.ready = True
             self._hand_out()
+        elif kind is Frame.RETURNED:
+            self._called_back(load, content)
         elif kind is Frame.BROKEN:
             what, packed = content
             load.broken = True
@@ -185,63 +208,102 @@ class ProcessExecutor:
             self._order.broke(_unpacked_error(packed), what)
         self._order.ready()
 
-    def _result(self, load: _Load, number: int, result: Any) -> None:
-        job = load.jobs.pop(number, None)
-        if job is None:
+    def _results(self, load: Load, first: int, results: list[Any], boxed: bool, seconds: float) -> None:
+        """More is finished of the parcel that a worker is at."""
+        if not load.parcels:
             return
-        kind, *content = result
-        if kind is Frame.RESULTS:
-            packed, attempts, retried, seconds = content
-            try:
-                outcome = Outcome(unpack(packed), attempts=attempts, retried=retried, seconds=seconds)
-            except Exception as error:  # a result's own unpickling code may raise anything
-                outcome = Outcome(error=_unreadable("result", error), attempts=attempts, retried=retried, seconds=seconds)
-        elif kind is Frame.BROKEN:
-            packed, trace, attempts, retried, seconds, timed_out, many = content[0]
-            error = None if packed is None else _unpacked_error(packed)
-            outcome = Outcome(None, error, trace, attempts, retried, seconds, timed_out, many=many)
-        elif not job.by_value:
-            # It could not be read: a class of the main program, perhaps. Once more, by value.
-            job.by_value = True
-            self._backlog.appendleft(job)
-            return
-        else:
-            outcome = Outcome(error=_unreadable("item", RuntimeError(content[0])), attempts=job.attempt)
-        if outcome.seconds > 0:
-            self._mean = self._mean * 0.8 + outcome.seconds * 0.2 if self._mean else outcome.seconds
-        outcome.retried += job.retried
-        self._finish(job, outcome)
+        self._clocked(load, len(results), seconds)
+        start = 0
+        if boxed:
+            for at, result in enumerate(results):
+                if is_unreadable(result):
+                    self._finished(load, map(open_outcome, results[start:at]), ordinary=False)
+                    self._unreadable(load, result)
+                    start = at + 1
+            results = list(map(open_outcome, results[start:]))
+        self._finished(load, results, ordinary=not boxed)
 
-    def _outputs(self, load: _Load, number: int, outputs: list[Any]) -> None:
-        job = load.jobs.get(number)
+    def _finished(self, load: Load, results: Iterable[Any], *, ordinary: bool) -> None:
+        if load.parcels:
+            parcel = load.parcels[0]
+            parcel.add(results, ordinary=ordinary)
+            load.finished(parcel.done - parcel.counted)
+            self._tell(parcel)
+
+    def _tell(self, parcel: Parcel) -> None:
+        fresh = parcel.done - parcel.counted
+        if fresh:
+            if not self._order.simple:
+                _complete(parcel, parcel.counted)
+            parcel.counted += fresh
+            self._given -= fresh
+            self._order.news(parcel)
+
+    def _clocked(self, load: Load, items: int, seconds: float) -> None:
+        load.untimed += items
+        if seconds:
+            self._pace.add(seconds, load.untimed)
+            self._adapt()
+            if self._order.simple:
+                self._order.took(seconds / load.untimed, load.untimed)
+            load.untimed = 0
+
+    def _unreadable(self, load: Load, result: Any) -> None:
+        """The worker could not read an item: a class of the main program, perhaps. Once more, by value."""
+        item = load.take_next()
+        if item.by_value:
+            self._fail(item, Outcome(error=TypeError(f"the item cannot be unpickled: {result[1]}")))
+        else:
+            item.by_value = True
+            self._backlog.appendleft(item)
+
+    def _outputs(self, load: Load, number: int, outputs: list[Any]) -> None:
+        job = load.numbered(number)
         if job is None:
             return
         for packed in outputs:
             try:
-                job.add_output(unpack(packed))
-            except Exception as error:  # see above
+                job.add_output(open_box(packed))
+            except Exception as error:  # an output's own unpickling code may raise anything
                 job.add_output(_unreadable_output(error))
-        self._order.news(job)
+        self._order.told(job)
 
-    def _finish(self, job: Job, outcome: Outcome) -> None:
-        self._given -= 1
-        job.grant = None
-        job.outcome = outcome
-        self._order.news(job)
+    # --- items that wait behind a slow one
+
+    def _look_later(self) -> None:
+        if self._looking is None and not (self._aborted or self._closing) and any(load.held > 1 for load in self._loads.values()):
+            self._looking = asyncio.get_running_loop().call_later(_LOOK, self._look)
+
+    def _look(self) -> None:
+        """Call back what has not begun from workers that make no progress, if another one has nothing to do."""
+        self._looking = None
+        idle = any(link.ready and not load.held for link, load in self._loads.items())
+        for link, load in self._loads.items():
+            if idle and not self._backlog and load.held > 1 and load.results == load.seen and not load.recalled:
+                load.recalled = True
+                link.send(Frame.RECALL, None)
+            load.seen = load.results
+        self._look_later()
+
+    def _called_back(self, load: Load, number: int | None) -> None:
+        load.recalled = False
+        if number is not None:
+            self._backlog.extendleft(load.take_from(number))
+            self._hand_out()
 
     # --- workers go
 
     def _ended(self, link: WorkerLink, exit_code: int | None, error: BaseException | None) -> None:
         """A worker is gone, its last results are in, and its descriptors are closed."""
-        load = self._workers.pop(link)
+        load = self._loads.pop(link)
         if not (self._aborted or program_is_ending()):
-            if load.jobs or not self._closing:
+            if load.parcels or not self._closing:
                 self._bury(link, load, exit_code, error)
             self._order.ready()
-        if not self._workers and self._all_gone is not None and not self._all_gone.done():
+        if not self._loads and self._all_gone is not None and not self._all_gone.done():
             self._all_gone.set_result(None)
 
-    def _bury(self, link: WorkerLink, load: _Load, exit_code: int | None, error: BaseException | None) -> None:
+    def _bury(self, link: WorkerLink, load: Load, exit_code: int | None, error: BaseException | None) -> None:
         if load.broken:
             return  # the run is failing for that reason already
         if not link.ready and (error is not None or (exit_code or 0) >= 0):
@@ -260,36 +322,41 @@ class ProcessExecutor:
         if not (self._aborted or self._closing or self._hopeless is not None or program_is_ending()):
             self._hire()
 
-    def _take_back(self, link: WorkerLink, load: _Load, exit_code: int | None) -> None:
+    def _take_back(self, link: WorkerLink, load: Load, exit_code: int | None) -> None:
         """The item at work is lost, or has timed out; the others go back to the head of the backlog, in order."""
-        at_work = link.last_item - 1
-        job = load.jobs.pop(at_work, None)
-        self._backlog.extendleft(reversed(load.jobs.values()))
-        load.jobs.clear()
-        if job is None:
+        left, lost = load.take_all(link.last_item - 1)
+        self._backlog.extendleft(reversed(left))
+        if lost is None:
             return
-        attempts = max(job.attempt, link.last_attempt)
-        retried = job.retried + attempts - job.attempt
+        attempt, attempts = 1, 1
+        if not self._order.simple:
+            attempt = lost.items[0].attempt
+            attempts = max(attempt, link.last_attempt)
         if load.doomed:
-            self._overran(job, load, attempts, retried)
+            self._overran(lost, load, attempt, attempts)
         else:
             cause = WorkerLostError(f"the worker process of stage {self._order.stage!r} died while it handled this item ({_death(exit_code)})")
-            self._finish(job, Outcome(error=cause, attempts=attempts, retried=retried, lost=True))
+            self._fail(lost, Outcome(error=cause, attempts=attempts, retried=attempts - attempt, lost=True))
 
-    def _overran(self, job: Job, load: _Load, attempts: int, retried: int) -> None:
+    def _overran(self, lost: Parcel, load: Load, attempt: int, attempts: int) -> None:
         handler = load.handler
         error = TimeoutError(f"the attempt took more than {handler.timeout:g} s; its worker process was killed")
         delay = handler.retry.delay(attempts, error)
         if delay is None:
-            outcome = Outcome(error=error, attempts=attempts, retried=retried, timed_out=True, seconds=handler.timeout or 0.0)
-            self._finish(job, outcome)
+            outcome = Outcome(error=error, attempts=attempts, retried=attempts - attempt, timed_out=True, seconds=handler.timeout or 0.0)
+            self._fail(lost, outcome)
             return
-        job.attempt, job.retried = attempts + 1, retried + 1
-        asyncio.get_running_loop().call_later(delay, self._try_again, job)
+        job: Job = lost.items[0]
+        job.attempt, job.retried = attempts + 1, job.retried + attempts - attempt + 1
+        asyncio.get_running_loop().call_later(delay, self._try_again, lost)
 
-    def _try_again(self, job: Job) -> None:
+    def _fail(self, parcel: Parcel, outcome: Outcome) -> None:
+        parcel.fail(outcome)
+        self._tell(parcel)
+
+    def _try_again(self, parcel: Parcel) -> None:
         if not self._aborted:
-            self._backlog.appendleft(job)
+            self._backlog.appendleft(parcel)
             self._hand_out()
 
     def _give_up(self) -> None:
@@ -297,15 +364,18 @@ class ProcessExecutor:
         self._hopeless = WorkerLostError(
             f"{self._deaths} worker processes of stage {self._order.stage!r} died in a row without finishing an item; no more are started"
         )
-        for link, load in self._workers.items():
-            if not load.jobs:
+        for link, load in self._loads.items():
+            if not load.parcels:
                 link.hang_up()
 
     def _fail_backlog(self, error: WorkerLostError) -> None:
-        if any(load.jobs or not link.ready for link, load in self._workers.items()):
+        if any(load.parcels or not link.ready for link, load in self._loads.items()):
             return  # somebody may still do it
         while self._backlog:
-            self._finish(self._backlog.popleft(), Outcome(error=error, attempts=0, lost=True))
+            parcel = self._backlog.popleft()
+            for _ in parcel.items:
+                parcel.fail(Outcome(error=error, attempts=0, lost=True))
+            self._tell(parcel)
 
     # --- the clock of attempts
 
@@ -314,42 +384,40 @@ class ProcessExecutor:
         if timeout is not None and self._clock is None and self._given and not (self._aborted or self._closing):
             self._clock = asyncio.get_running_loop().call_later(min(timeout / 4, 0.25), self._look_at_clock)
 
-    def _stop_clock(self) -> None:
-        if self._clock is not None:
-            self._clock.cancel()
-            self._clock = None
+    def _stop_timers(self) -> None:
+        for timer in (self._clock, self._looking):
+            if timer is not None:
+                timer.cancel()
 
     def _look_at_clock(self) -> None:
         self._clock = None
         now = monotonic_ns()
-        for link, load in self._workers.items():
+        for link, load in self._loads.items():
             limit = _limit(load.handler)
             words = link.words
             began = words[SharedWords.BEGAN]
-            if not load.doomed and words[SharedWords.ITEM] and load.jobs and began and now - began > limit * 1e9:
+            if not load.doomed and words[SharedWords.ITEM] and load.parcels and began and now - began > limit * 1e9:
                 load.doomed = True
                 link.kill()
         self._watch_clock()
 
 
-class _Load:
-    """What one worker has to do."""
+def _held(entry: tuple[WorkerLink, Load]) -> int:
+    return entry[1].held
 
-    def __init__(self, handler: Handler) -> None:
-        self.handler = handler
-        self.jobs: dict[int, Job] = {}
-        """By number, in the order in which the worker takes them."""
-        self.doomed = False
-        """It was killed because its item took too long."""
-        self.broken = False
-        """It has said why it ends."""
-        self._next = 0
 
-    def add(self, job: Job) -> int:
-        number = self._next
-        self._next += 1
-        self.jobs[number] = job
-        return number
+def _boxed(item: Any, parcel: Parcel) -> Any:
+    try:
+        return box(item, by_value=parcel.by_value)
+    except Exception as error:  # an item's own pickling code may raise anything
+        return refusal(error)
+
+
+def _complete(parcel: Parcel, start: int) -> None:
+    """Jobs are over: add to their outcomes what earlier workers did for them."""
+    for job, outcome in zip(parcel.items[start : parcel.done], parcel.results[start : parcel.done], strict=True):
+        outcome.retried += job.retried
+        job.grant = None
 
 
 def _limit(handler: Handler) -> float:
@@ -361,23 +429,15 @@ def _limit(handler: Handler) -> float:
 
 def _unpacked_error(packed: Any) -> BaseException:
     try:
-        return unpack(packed)
+        return open_box(packed)
     except Exception as error:  # the worker has tried it; still, modules may differ
-        return _unreadable("exception", error)
-
-
-def _unsendable(error: Exception) -> TypeError:
-    return TypeError(f"the item cannot be sent to a worker process: {type(error).__name__}: {error}")
-
-
-def _unreadable(what: str, error: Exception) -> TypeError:
-    return TypeError(f"the {what} cannot be unpickled: {type(error).__name__}: {error}")
+        return TypeError(f"the exception cannot be unpickled: {type(error).__name__}: {error}")
 
 
 def _unreadable_output(error: Exception) -> Any:
     from pipeline.result import Err
 
-    return Err(_unreadable("output", error))
+    return Err(TypeError(f"the output cannot be unpickled: {type(error).__name__}: {error}"))
 
 
 def _death(exit_code: int | None) -> str:

@@ -1,0 +1,74 @@
+"""What a worker process shares with its parent besides the pipes: a few words of memory, and the pipes' own ends.
+
+The rule kept here: the words are written by the worker before and after each item. They survive its death and tell
+exactly which item it was at.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from multiprocess import reduction
+
+__all__ = ["ChildEnd", "SharedWords"]
+
+
+class SharedWords:
+    """Three 64-bit numbers that both processes see: the item at work (its id + 1, or 0), its attempt, and its start.
+
+    Backed by anonymous memory where the system has it, else by an unlinked private file. The start is in nanoseconds of
+    the monotonic clock, which all processes of a machine share.
+    """
+
+    ITEM, ATTEMPT, BEGAN = range(3)
+    _SIZE = mmap.PAGESIZE
+
+    def __init__(self, descriptor: int | None = None) -> None:
+        if descriptor is None:
+            descriptor = _anonymous_file()
+            os.ftruncate(descriptor, self._SIZE)
+        self._descriptor = descriptor
+        self._map = mmap.mmap(descriptor, self._SIZE)
+        self.words = memoryview(self._map).cast("Q")
+
+    def close(self) -> None:
+        """Let the memory and the descriptor go."""
+        self.words.release()
+        self._map.close()
+        os.close(self._descriptor)
+
+    def __reduce__(self) -> tuple[Callable[[Any], SharedWords], tuple[Any]]:
+        # Only while a process is being started: the descriptor travels with it.
+        return (_attach_words, (reduction.DupFd(self._descriptor),))
+
+
+def _attach_words(duplicate: Any) -> SharedWords:
+    return SharedWords(duplicate.detach())
+
+
+class ChildEnd:
+    """A descriptor that travels to the process being started; there it is `number` again."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def close(self) -> None:
+        os.close(self.number)
+
+    def __reduce__(self) -> tuple[Callable[[Any], ChildEnd], tuple[Any]]:
+        return (_attach_end, (reduction.DupFd(self.number),))
+
+
+def _attach_end(duplicate: Any) -> ChildEnd:
+    return ChildEnd(duplicate.detach())
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("penstock", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
