@@ -1,16 +1,26 @@
-# The two commands: `make demo` and `make test`. Each sets up what it needs, with nothing but Python 3.11+ and make.
+# The commands: `make demo`, `make test`, `make bench`. Each sets up what it needs, with nothing but Python 3.11+ and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PATH_TO_INDEX ?=
+BENCH := .venv-bench
+ROUNDS ?= 3
+ONLY ?=
+PEERS ?=
+UVLOOP ?=
+MERGE ?=
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test bench lint types check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/10_index_source.py $(PATH_TO_INDEX)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# `make bench ROUNDS=5 ONLY=sync3 PEERS=streamable UVLOOP=1 MERGE=1`: see benchmarks/README.md.
+bench: $(BENCH)/.installed
+	$(BENCH)/bin/python -m benchmarks --rounds $(ROUNDS) --only '$(ONLY)' --peers '$(PEERS)' $(if $(UVLOOP),--uvloop) $(if $(MERGE),--merge)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -32,5 +42,16 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
 
+# A peer that cannot be installed stops nothing: its rows say so.
+$(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/peers.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "penstock needs Python 3.11 or newer; set PYTHON=python3.x")'
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	for peer in $$(grep -v '^#' benchmarks/peers.txt); do \
+		$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $$peer \
+			|| echo "$$peer could not be installed; its rows will say so"; \
+	done
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) .pytest_cache .ruff_cache .hypothesis

@@ -209,7 +209,7 @@ def spdl_chain(n: int, handlers: Handlers) -> Tally:
     builder = PipelineBuilder().add_source(range(n))
     for handler in handlers:
         builder = builder.pipe(handler)
-    pipeline = builder.add_sink(BUFFER).build(num_threads=len(handlers))
+    pipeline = builder.add_sink(BUFFER).build(num_threads=len(handlers), use_thread_output_queue=True)
     with pipeline.auto_stop():
         return iterated(pipeline)
 

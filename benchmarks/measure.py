@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import gc
 from collections import deque
-from collections.abc import AsyncIterable, Callable, Iterable
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 from dataclasses import dataclass
-from statistics import median
 from time import perf_counter, process_time
 from typing import Any
 
@@ -87,13 +86,11 @@ class Timed:
     expected: Callable[[int], Tally]
     base: int = 32
     """Items of the run whose time is taken off."""
-    seconds: float = 0.15
+    seconds: float = 0.1
     """About how long one repetition should take."""
-    repeats: int = 3
+    repeats: int = 5
     step: int = 1
     """Sizes are multiples of it."""
-    least: int = 0
-    """The larger run is no smaller than this."""
 
     def check(self) -> None:
         global _looking
@@ -107,11 +104,13 @@ class Timed:
         self.check()
         base = min(self._timed(self.base) for _ in range(2))
         size = self._enough(base[0])
-        runs = [self._timed(size) for _ in range(self.repeats)]
+        # The quickest repetition: whatever else the machine does can only make one slower. Medians come later, over
+        # the rounds.
+        wall, cpu = min(self._repeated(size))
         extra = size - self.base
         return {
-            "seconds": (median(wall for wall, _ in runs) - base[0]) / extra,
-            "cpu": (median(cpu for _, cpu in runs) - base[1]) / extra,
+            "seconds": (wall - base[0]) / extra,
+            "cpu": (cpu - base[1]) / extra,
             "items": float(size),
             "fixed": base[0],
         }
@@ -127,6 +126,16 @@ class Timed:
         tally.verify(self.expected(size))
         return wall, cpu
 
+    def _repeated(self, size: int) -> Iterator[tuple[float, float]]:
+        """Several times, but twice only where a few items take long: what is that slow needs no precision."""
+        spent = 0.0
+        for number in range(self.repeats):
+            if number >= 2 and spent > 2 * self.repeats * self.seconds:
+                return
+            wall, cpu = self._timed(size)
+            spent += wall
+            yield wall, cpu
+
     def _enough(self, fixed: float) -> int:
         """How many items take about `seconds`: four times more until the time can be told from chance."""
         size = self.base
@@ -135,5 +144,5 @@ class Timed:
             spent = self._timed(size)[0] - fixed
             if spent > self.seconds / 4:
                 break
-        wanted = max(int(size * self.seconds / spent), self.base * 4, self.least)
+        wanted = max(self.base + int((size - self.base) * self.seconds / spent), self.base * 4)
         return -(-wanted // self.step) * self.step

@@ -20,7 +20,7 @@ from pathlib import Path
 from time import monotonic, perf_counter, sleep
 from typing import IO, Any
 
-from .model import OURS, UVLOOP, Bar, Measures, Workload
+from .model import OURS, UVLOOP, Measures, Workload
 
 __all__ = ["Outcome", "Selection", "cells_of", "run_all", "run_command"]
 
@@ -83,10 +83,11 @@ def run_all(workloads: Sequence[Workload], selection: Selection, say: Callable[[
             for name in names[turn:] + names[:turn]:
                 if (workload.name, name) in failed:
                     continue
+                began = monotonic()
                 outcome = _run_cell(workload, name, number, environment)
                 if outcome.failure:
                     failed.add((workload.name, name))
-                say(f"round {number + 1}  {workload.name:<16} {name:<17} {_brief(outcome, workload.bars)}")
+                say(f"round {number + 1} {workload.name:>18} {name:>17} {monotonic() - began:5.1f} s  {_brief(outcome)}")
                 yield outcome
 
 
@@ -96,7 +97,7 @@ def _run_cell(workload: Workload, name: str, number: int, environment: Mapping[s
     return Outcome(workload.name, name, number, measures, failure)
 
 
-def _brief(outcome: Outcome, bars: Sequence[Bar]) -> str:
+def _brief(outcome: Outcome) -> str:
     if outcome.failure:
         return outcome.failure
     if "seconds" in outcome.measures:

@@ -78,7 +78,7 @@ def _spdl(ordered: bool, handler: Handler, n: int) -> Tally:
 
     order = "input" if ordered else "completion"
     builder = PipelineBuilder().add_source(range(n)).pipe(handler, concurrency=CALLS, output_order=order)
-    pipeline = builder.add_sink(BUFFER).build(num_threads=1)
+    pipeline = builder.add_sink(BUFFER).build(num_threads=1, use_thread_output_queue=True)
     with pipeline.auto_stop():
         if thorough():
             return iterated(pipeline)

@@ -119,7 +119,7 @@ def _spdl(work: Work, n: int) -> Tally:
     builder = PipelineBuilder().add_source(work.source(n))
     builder = builder.to(ProcessPoolExecutorConfig(max_workers=WORKERS), buffer_size=work.chunk)
     builder = builder.pipe(work.handler).to(MAIN_PROCESS, buffer_size=work.chunk)
-    pipeline = builder.add_sink(work.buffer).build(num_threads=1)
+    pipeline = builder.add_sink(work.buffer).build(num_threads=1, use_thread_output_queue=True)
     with pipeline.auto_stop():
         return _seen(work, pipeline)
 

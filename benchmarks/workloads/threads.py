@@ -72,7 +72,7 @@ def _spdl(n: int, handler: Callable[[int], int], buffer: int) -> Tally:
     from spdl.pipeline import PipelineBuilder
 
     builder = PipelineBuilder().add_source(range(n)).pipe(handler, concurrency=WORKERS).add_sink(buffer)
-    pipeline = builder.build(num_threads=WORKERS)
+    pipeline = builder.build(num_threads=WORKERS, use_thread_output_queue=True)
     with pipeline.auto_stop():
         return _any_order(pipeline)
 
@@ -103,7 +103,7 @@ def _run(way: Way, handler: Callable[[int], int], buffer: int, n: int) -> Tally:
 def _cells(handler: Callable[[int], int], buffer: int, seconds: float) -> dict[str, Timed]:
     # Multiples of the number of threads, and of the pool's bunches, so that nobody waits for a last one alone.
     return {
-        name: Timed(run=partial(_run, way, handler, buffer), expected=through_one, base=64, seconds=seconds, step=16)
+        name: Timed(run=partial(_run, way, handler, buffer), expected=through_one, base=64, seconds=seconds, repeats=3, step=16)
         for name, way in _WAYS.items()
     }
 

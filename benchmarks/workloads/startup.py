@@ -55,7 +55,7 @@ _CELLS = {
 
 WORKLOADS = [
     Workload(
-        name="one-item",
+        name="startup",
         title="three stages, one item, in a running loop (bare: `asyncio.run`)",
         cells=_CELLS,
         bars=(Bar(against="bare", required=1.3, form=Form.COST),),
