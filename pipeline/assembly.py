@@ -36,10 +36,19 @@ class Link:
 
 
 class Sink(Outlet, Protocol):
-    """Where the last stage's outputs go, and a consumer takes them; `counters.received` is what was delivered."""
+    """Where the last stage's outputs go, and a consumer takes them."""
 
-    counters: Counters
     tallied: int
+
+    @property
+    def delivered(self) -> int:
+        """Outputs that the consumer has."""
+        ...
+
+    @property
+    def discarded(self) -> int:
+        """Outputs that were left when the consumer was gone."""
+        ...
 
     @property
     def drained(self) -> bool:
@@ -48,6 +57,14 @@ class Sink(Outlet, Protocol):
 
     def connect(self, up: Counters, runtime: PipelineRuntime) -> None: ...
     def abort(self) -> None: ...
+    def lose(self, number: int) -> None:
+        """So many outputs were stopped on their way here."""
+        ...
+
+    def attract(self, node: Node) -> None:
+        """The node that the outputs come from: an iteration may ask it for more, see `Pullable`."""
+        ...
+
     def hand_over(self) -> None:
         """The run closes: what still waits becomes the consumer's own."""
         ...
@@ -124,6 +141,7 @@ class Assembly:
                 inlet = following
         if not groups:
             self._place_bare(inlet)
+        self.sink.attract(self._placed[-1].node)
 
     def _place_bare(self, inlet: Inlet) -> None:
         """A pipeline without stages: the source's items go to the sink as they are, past counters that nobody sees."""
@@ -196,12 +214,11 @@ class Assembly:
                 if placed.stopped or seat.index <= self._cut or self.runtime.cancelled:
                     seat.counters.cancelled += seat.counters.in_flight
         if not self.seats and (self.runtime.cancelled or self._bare.discarded):
-            taken = self.sink.counters.received + self.sink.counters.discarded
-            self.sink.counters.discarded += self.source_counters.emitted - taken
+            self.sink.lose(self.source_counters.emitted - self.sink.delivered - self.sink.discarded)
 
     def ledger(self, elapsed: float) -> Ledger:
         """All counts at this moment; from any thread."""
-        return read_ledger(self.source_counters, [seat.counters for seat in self.seats], self.sink.counters, elapsed)
+        return read_ledger(self.source_counters, [seat.counters for seat in self.seats], self.sink, elapsed)
 
 
 def _fused_groups(seats: Sequence[Seat]) -> list[list[Seat]]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .metrics import Counters
+from .protocols import Node
 from .runtime import PipelineRuntime
 from .sink import length_of
 
@@ -47,6 +48,20 @@ class BridgeSink:
     def connect(self, up: Counters, runtime: PipelineRuntime) -> None:
         self._up = up
         self._runtime = runtime
+
+    def attract(self, node: Node) -> None:
+        """The consumer is in another thread, and asks nothing of the loop's."""
+
+    @property
+    def delivered(self) -> int:
+        return self.counters.received
+
+    @property
+    def discarded(self) -> int:
+        return self.counters.discarded
+
+    def lose(self, number: int) -> None:
+        self.counters.discarded += number
 
     @property
     def closed(self) -> bool:

@@ -43,8 +43,19 @@ class Lot:
         fresh, self._counted = taken - self._counted, taken
         return fresh
 
+    @property
+    def left(self) -> int:
+        """How many the underlying iterator still has."""
+        return self._meter.__length_hint__()
+
+    @property
+    def pending(self) -> int:
+        """How many have been taken and not counted yet. From any thread: too few at times, never too many."""
+        return self._start - self._meter.__length_hint__() - self._counted
+
     def finish(self) -> tuple[int, int, int]:
         """No more is taken: how many since last asked, how many in all, and how many the underlying iterator has left."""
         left = self._meter.__length_hint__()
         taken = self._start - left
-        return taken - self._counted, taken, left
+        fresh, self._counted = taken - self._counted, taken
+        return fresh, taken, left

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from .cancellation.reason import CancelReason
 from .lifecycle import PipelineState
 
-__all__ = ["Counters", "LatencySample", "PipelineSnapshot", "StageMetrics", "read_ledger", "violations"]
+__all__ = ["Counters", "LatencySample", "Output", "PipelineSnapshot", "StageMetrics", "read_ledger", "violations"]
 
 _SAMPLES = 256
 """Latencies kept per stage: a ring of the newest samples, 2 kB."""
@@ -204,9 +204,23 @@ class Ledger:
     stages: tuple[StageMetrics, ...]
 
 
-def read_ledger(source: Counters, stages: Sequence[Counters], sink: Counters, elapsed: float = 0.0) -> Ledger:
-    """Read all counters, from the sink up to the source, so that no item is seen twice (see the module's rule)."""
-    delivered, discarded = sink.received, sink.discarded
+class Output(Protocol):
+    """Where a run's outputs go, as far as the ledger is concerned."""
+
+    @property
+    def delivered(self) -> int:
+        """Outputs that the consumer has."""
+        ...
+
+    @property
+    def discarded(self) -> int:
+        """Outputs that were left when the consumer was gone."""
+        ...
+
+
+def read_ledger(source: Counters, stages: Sequence[Counters], output: Output | None, elapsed: float = 0.0) -> Ledger:
+    """Read all counters, from the output up to the source, so that no item is seen twice (see the module's rule)."""
+    delivered, discarded = (output.delivered, output.discarded) if output else (0, 0)
     taken = delivered + discarded
     rows: list[StageMetrics] = []
     emitted_below = taken

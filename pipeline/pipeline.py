@@ -23,13 +23,13 @@ from .assembly import Link, Sink, seats_for
 from .bridge import BridgeSink
 from .cancellation.reason import CancelReason, CancelType
 from .cancellation.triggers import Trigger
-from .channel import EMPTY
 from .errors import PipelineCancelled, PipelineError, PipelineFailed, StageConfigError
 from .handle import CancelHandle
 from .host import run_in_thread
 from .interop import is_stream_operator, stream_stage
 from .lifecycle import Grace, PipelineState
 from .metrics import Counters, PipelineSnapshot, read_ledger
+from .pace import Pacer
 from .policy import ErrorPolicy
 from .protocols import StageLike
 from .report import RunReport
@@ -207,13 +207,14 @@ class Pipeline(Generic[T]):
         if isinstance(run, Err):
             raise _stopped(run)
         run.start()
+        pace = Pacer()
         try:
-            while True:
-                item = sink.pop()
-                if item is not EMPTY:
-                    yield item
-                elif not await sink.wait_items():
-                    break
+            while (outputs := sink.take()) is not None or await sink.wait_items():
+                if outputs is not None:
+                    for output in outputs:
+                        yield output
+                    if pace.due():
+                        await pace.rest()
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError):
                 run.parent_cancelled()
@@ -226,8 +227,9 @@ class Pipeline(Generic[T]):
                 result = await run.watch()
             finally:
                 self._release(run)
-        while (item := sink.pop()) is not EMPTY:
-            yield item
+        while (outputs := sink.take()) is not None:
+            for output in outputs:
+                yield output
         if isinstance(result, Err):
             raise _stopped(result) from _cause(result)
 
@@ -354,7 +356,7 @@ class Pipeline(Generic[T]):
         runtime = next(iter(self._carriers), None) or self._runtime
         if runtime is None or runtime.assembly is None:
             seats = seats_for(self._links)
-            ledger = read_ledger(Counters("source"), [seat.counters for seat in seats], Counters("output"))
+            ledger = read_ledger(Counters("source"), [seat.counters for seat in seats], None)
             reasons = runtime.reasons if runtime else self._cancelled
             state = runtime.state if runtime else PipelineState.CLOSED if self._cancelled else PipelineState.NEW
             elapsed = 0.0

@@ -6,7 +6,7 @@ The rule kept here: `pipeline` knows stages and workers only by these shapes, so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .policy import ErrorPolicy
     from .runtime import PipelineRuntime
 
-__all__ = ["Divisible", "Inlet", "Node", "Outlet", "Seat", "StageLike", "StopToken", "Wires"]
+__all__ = ["Divisible", "Inlet", "Node", "Outlet", "Pullable", "Seat", "StageLike", "StopToken", "Wires"]
 
 In_contra = TypeVar("In_contra", contravariant=True)
 Out_co = TypeVar("Out_co", covariant=True)
@@ -106,6 +106,22 @@ class Divisible(Protocol):
 
     def cut(self, upto: int) -> None:
         """Stop the stages with an index up to `upto` at once; what they have passed on goes on."""
+        ...
+
+
+@runtime_checkable
+class Pullable(Protocol):
+    """A node that may make its outputs when they are asked for, in the consumer's own time."""
+
+    def pull(self) -> Iterator[Any] | None:
+        """Some outputs, each made when it is asked for; None when the node has to go on by itself.
+
+        What is iterated is delivered. The iterator ends when its items do, or when somebody else needs the node.
+        """
+        ...
+
+    def end_pull(self) -> None:
+        """The consumer is done with that iterator, or leaves it."""
         ...
 
 

@@ -339,6 +339,8 @@ class PipelineRuntime:
         for request in fresh:
             if request.cut is not None:
                 self.assembly.cut(request.cut)
+        if self.burst is not None:
+            self.burst.give_way()
         if self.level >= StopLevel.DRAIN:
             self.assembly.stop_source()
         if self.cancelled:

@@ -7,11 +7,13 @@ at once; an iteration takes when it asks, from a bounded buffer.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from typing import Any
 
 from .channel import EMPTY, Channel
+from .lot import Lot
 from .metrics import Counters
+from .protocols import Node, Pullable
 from .runtime import PipelineRuntime
 
 __all__ = ["BufferSink", "CollectingSink", "DiscardingSink"]
@@ -30,6 +32,20 @@ class DiscardingSink:
     def connect(self, up: Counters, runtime: PipelineRuntime) -> None:
         del runtime  # nothing here ever waits
         self._up = up
+
+    def attract(self, node: Node) -> None:
+        """Nothing is ever asked for."""
+
+    @property
+    def delivered(self) -> int:
+        return self.counters.received
+
+    @property
+    def discarded(self) -> int:
+        return self.counters.discarded
+
+    def lose(self, number: int) -> None:
+        self.counters.discarded += number
 
     @property
     def drained(self) -> bool:
@@ -100,7 +116,7 @@ class CollectingSink(DiscardingSink):
 
 
 class BufferSink:
-    """A bounded buffer that an iteration on the same loop takes from."""
+    """A bounded buffer that an iteration on the same loop takes from, many outputs at a time."""
 
     keeps = True
 
@@ -109,28 +125,49 @@ class BufferSink:
         self.tallied = 0
         self._tally = tally
         self._capacity = capacity
+        self._lot: Lot | None = None
+        """What the consumer is taking from."""
         self._left: list[Any] = []
+        self._node: Pullable | None = None
+        self._pulling = False
 
     def connect(self, up: Counters, runtime: PipelineRuntime) -> None:
         assert runtime.loop is not None
         self._runtime = runtime
-        self._channel = Channel(self._capacity, up, self.counters, runtime.loop)
-        self.room = self._channel.room
-        self.put_nowait = self._channel.put_nowait
-        self.offer = self._channel.offer
-        self.put_many = self._channel.put_many
-        self.put_count = self._channel.put_count
-        self.wait_room = self._channel.wait_room
-        self.put = self._channel.put
+        self._channel = channel = Channel(self._capacity, up, self.counters, runtime.loop)
+        self.room, self.wait_room = channel.room, channel.wait_room
+        self.put, self.offer = channel.put, channel.offer
+        self.put_nowait, self.put_many = channel.put_nowait, channel.put_many
+
+    def attract(self, node: Node) -> None:
+        if isinstance(node, Pullable) and not self._tally:
+            self._node = node
+
+    def put_count(self, number: int) -> None:
+        """Outputs that the consumer has pulled itself."""
+        self._channel.up.emitted += number
+        self.counters.received += number
 
     @property
     def closed(self) -> bool:
         return self._channel.closed
 
     @property
+    def delivered(self) -> int:
+        received = self.counters.received  # first: a lot that is closed in between is then missed, not counted twice
+        return received + (self._lot.pending if self._lot is not None else 0)
+
+    @property
+    def discarded(self) -> int:
+        return self.counters.discarded
+
+    def lose(self, number: int) -> None:
+        self.counters.discarded += number
+
+    @property
     def drained(self) -> bool:
         """Whether the consumer has taken everything."""
-        return not len(self._channel)
+        return not len(self._channel) and (self._lot is None or not self._lot.left)
 
     def finish(self) -> None:
         self._channel.finish()
@@ -141,28 +178,58 @@ class BufferSink:
 
     def discard(self) -> None:
         """The consumer has left: what is buffered goes nowhere."""
+        self._put_back()
         self._channel.abort()
 
     def hand_over(self) -> None:
         """The run is about to close: what the consumer has not asked for yet becomes its own."""
-        while (item := self._take()) is not EMPTY:
+        lot, self._lot = self._lot, None
+        if lot is not None:
+            fresh, _, left = lot.finish()
+            self.counters.received += fresh + left
+        while (item := self._channel.pop()) is not EMPTY:
             self._left.append(item)
-        self._left.reverse()
+        if self._tally:
+            self.tallied += sum(map(length_of, self._left))
 
-    def pop(self) -> Any:
-        """Take one output, or `EMPTY`."""
+    # --- the consumer
+
+    def take(self) -> Iterator[Any] | None:
+        """Some outputs, or None when there are none now. What is iterated of them is delivered."""
+        self._put_back()
         if self._left:
-            return self._left.pop()
-        item = self._take()
-        if item is not EMPTY and not len(self._channel):
-            self._runtime.pulse()
-        return item
-
-    def _take(self) -> Any:
-        item = self._channel.pop()
-        if self._tally and item is not EMPTY:
+            left, self._left = self._left, []
+            return iter(left)
+        channel = self._channel
+        waiting = len(channel)
+        if not waiting:
+            if channel.finished:
+                self._runtime.pulse()
+            outputs = self._node.pull() if self._node is not None else None
+            self._pulling = outputs is not None
+            waiting = len(channel)
+            if outputs is not None or not waiting:
+                return outputs
+        if self._tally:
+            item = channel.pop()
             self.tallied += length_of(item)
-        return item
+            return iter((item,))
+        # No more than half at once, so that the stages may go on while the consumer is busy with these.
+        lot = channel.lot(waiting if self._node is not None else (waiting + 1) // 2)
+        assert lot is not None
+        self._lot = lot
+        channel.release(lot.limit - 1)
+        return lot.items
+
+    def _put_back(self) -> None:
+        """The consumer asks for more, or leaves: what it has not taken is still in the buffer."""
+        if self._pulling and self._node is not None:
+            self._pulling = False
+            self._node.end_pull()
+        lot, self._lot = self._lot, None
+        if lot is not None:
+            self._channel.reserved = 0
+            self._channel.close_lot(lot)
 
     async def wait_items(self) -> bool:
         """Wait for an output; False when there will be none."""

@@ -20,7 +20,7 @@ __all__ = ["Account"]
 class Account:
     """Of one lane, for one burst after the other."""
 
-    __slots__ = ("_booked", "_counters", "_inlet", "_last", "_outlet", "_pairs", "lot", "outputs", "skipped")
+    __slots__ = ("_booked", "_counters", "_inlet", "_last", "_outlet", "_pairs", "direct", "lot", "outputs", "skipped")
 
     def __init__(self, counters: Sequence[Counters], inlet: Inlet, outlet: Outlet) -> None:
         self._counters = counters
@@ -30,6 +30,8 @@ class Account:
         self._outlet = outlet
         self.lot: Lot | None = None
         """What the burst under way takes its items from; None when there is none."""
+        self.direct = False
+        """The consumer has each output already: the outlet counts them."""
         self.outputs: list[Any] = []
         self.skipped = [0] * len(counters)
         self._booked: list[tuple[int, int, int, int]] | None = None
@@ -85,7 +87,7 @@ class Account:
 
     def _pass_on(self, number: int) -> None:
         """Hand the outputs on; the outlet counts them as emitted."""
-        if not self._outlet.keeps:
+        if self.direct or not self._outlet.keeps:
             self._outlet.put_count(number)
         elif self.outputs:
             self._outlet.put_many(self.outputs)

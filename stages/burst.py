@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-__all__ = ["Burst", "StepKind", "compile_burst", "only_computes"]
+__all__ = ["Burst", "StepKind", "compile_burst", "compile_pull", "only_computes"]
 
 _FILE = "<fused stages>"
 
@@ -127,6 +127,26 @@ def compile_burst(kinds: tuple[StepKind, ...], emits: bool, timed: bool = False)
     space: dict[str, Any] = {}
     exec(compile(writer.text(), _FILE, "exec"), space)
     return Burst(space["burst"], writer.steps, awaits=any(kind.awaited for kind in kinds))
+
+
+@cache
+def compile_pull(steps: int) -> Burst:
+    """The same loop as a generator, for so many steps that only compute: each output is made when it is asked for.
+
+    `run(items, stop, gone, failed, *functions)`; it ends when one of `stop` and `gone` is not empty, and when `failed`
+    does not say True to an exception.
+    """
+    names = ", ".join(f"f{step}" for step in range(steps))
+    lines = [f"def burst(items, stop, gone, failed, {names}):", " try:", "  for v0 in items:"]
+    where: dict[int, int] = {}
+    for step in range(steps - 1, -1, -1):
+        lines.append(f"   {f'v{steps} = ' if step == steps - 1 else ''}f{step}(")
+        where[len(lines)] = step
+    lines[-1] += "v0" + ")" * steps
+    lines += [f"   yield v{steps}", "   if stop or gone: return", " except BaseException as error:", "  if failed(error): raise"]
+    space: dict[str, Any] = {}
+    exec(compile("\n".join(lines), _FILE, "exec"), space)
+    return Burst(space["burst"], where, awaits=False)
 
 
 class _Writer:

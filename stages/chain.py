@@ -8,7 +8,8 @@ the row is spread: channels appear between the stages that may wait, each gets a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from pipeline.channel import Channel
 from pipeline.protocols import Inlet, Outlet, Seat, Wires
@@ -74,6 +75,13 @@ class ChainNode:
                 lane.give_way()
                 lane.inlet.abort()
                 lane.outlet.finish()
+
+    def pull(self) -> Iterator[Any] | None:
+        """As `Pullable` says, as long as all stages are in one lane."""
+        return self._whole.pull() if len(self._pieces) == 1 else None
+
+    def end_pull(self) -> None:
+        self._whole.end_pull()
 
     # --- spreading
 

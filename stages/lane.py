@@ -8,7 +8,8 @@ lane goes item by item, until its handlers seem to have stopped waiting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import copy_context
 from itertools import islice
 from time import perf_counter
 from typing import Any
@@ -23,7 +24,7 @@ from workers.base import is_pending
 from workers.loop import is_being_cancelled
 
 from .account import Account
-from .burst import Burst, compile_burst
+from .burst import Burst, compile_burst, compile_pull
 from .control import SKIP, PlainTypes
 from .desk import LAG
 from .flow import FAILURES, Flow, Step, Unusual
@@ -38,6 +39,8 @@ _SAMPLE = 4096
 """Items between two that are timed step by step; slow ones are all timed."""
 _WATCHED = 2048
 """Items timed one by one after a burst in which somebody held the loop."""
+_REACH = 1024
+"""Items in a lot that is pulled, at most."""
 _SHORT, _LONG = 0.0002, 0.0005
 """Seconds: a burst that takes less may grow; one that takes more shrinks, and is cut short."""
 
@@ -85,6 +88,14 @@ class Lane:
         """So many of the next items go one by one: an error is among them."""
         self._watched = 0
         """So many of the next items are timed one by one: somebody has held the loop."""
+        self._resting = False
+        """At a place where somebody else may run a burst."""
+        self._handed: Unusual | None = None
+        """Left over from such a burst."""
+        self._reach = 64
+        self._gone: list[bool] = []
+        """Not empty: what was being pulled has been closed."""
+        self._pull_began = 0.0
         self._cover(0, len(steps))
 
     def _cover(self, first: int, end: int) -> None:
@@ -95,6 +106,9 @@ class Lane:
         self._bursts = not any(step.many for step in steps)
         self._fast = compile_burst(kinds, self.outlet.keeps)
         self._timed = compile_burst(kinds, self.outlet.keeps, timed=True)
+        self._pulled = compile_pull(len(steps)) if all(step.sure and not step.awaited for step in steps) else None
+        self._prompt = all(step.sure or not step.awaited for step in steps)
+        """Never suspends."""
         self._calls = [step.call for step in steps]
         self._account = Account([step.counters for step in steps], self.inlet, self.outlet)
         # Steps that all only compute are quick by nature; others may turn slow within one item.
@@ -118,14 +132,21 @@ class Lane:
     async def run(self) -> None:
         """Until the inlet has ended, or a step, the outlet or the run says stop."""
         runtime, pace = self._runtime, Pacer()
+        self._context = copy_context()
         while not (self._flow.ended or runtime.cancelled):
             inlet, outlet = self.inlet, self.outlet  # not for long: the lane may be narrowed
             unusual: Unusual | None = None
             taken = True
-            if self.waits and self.end - self.first == 1:
+            if self._handed is not None:
+                unusual, self._handed = self._handed, None
+                await self._flow.treat(unusual)
+            elif self.waits and self.end - self.first == 1:
                 taken = await self._item_by_item()
             elif (room := outlet.room()) <= 0:
-                if not await outlet.wait_room():
+                self._resting = True
+                has_room = await outlet.wait_room()
+                self._resting = False
+                if not has_room:
                     return
                 pace.restart()
                 continue
@@ -146,12 +167,14 @@ class Lane:
                     unusual = await self._burst(lot, self._timed if single else self._fast)
                     if unusual is not None:
                         await self._flow.treat(unusual)
+            self._resting = True
             if not taken:
-                if not await self.inlet.wait_items():
+                if not await self.inlet.wait_items() and self._handed is None:
                     return
                 pace.restart()
             elif pace.due():
                 await pace.rest()
+            self._resting = False
 
     def _has_errors(self, lot: Lot) -> bool:
         """Whether errors pass by in a lot; if so, all of it goes one by one."""
@@ -254,7 +277,10 @@ class Lane:
 
     def _at_work(self) -> int | None:
         assert self._running is not None
-        return self._running.step_at_work(None if self._coroutine is None else self._coroutine.cr_frame)
+        waiting = self._coroutine
+        if waiting is None:
+            return self._running.step_at_work()
+        return self._running.step_at_work(waiting.gi_frame if self._account.direct else waiting.cr_frame)
 
     def _close(self, at: int | None) -> int:
         """The burst is over, or given up where it waits; see `Account.close`."""
@@ -263,6 +289,60 @@ class Lane:
         if self._runtime.burst is self:
             self._runtime.burst = None
         return self._account.close(at)
+
+    # --- outputs made when they are asked for
+
+    def pull(self) -> Iterator[Any] | None:
+        """Outputs in the consumer's own time, see `Pullable`; or a burst, run here and now, into the outlet."""
+        runtime = self._runtime
+        if not self._resting or not self._bursts or self._handed or self._careful or self._watched or self._flow.ended:
+            return None
+        if self._untimed >= _SAMPLE or self._size == 1 or runtime.stop_flag or not self._prompt:
+            return None
+        if runtime.burst is not None:
+            runtime.burst.give_way()
+        lot = self.inlet.lot(self._reach if self._pulled else min(self.outlet.room(), self._size))
+        if lot is None or self._has_errors(lot):
+            return None
+        if self._pulled is None:
+            try:
+                self._context.run(self._burst(lot, self._fast).send, None)
+            except StopIteration as end:
+                self._handed = end.value
+            return None
+        self._account.lot, self._account.direct = lot, True
+        self._gone = []
+        self._pull_began = perf_counter()
+        self._running = self._pulled
+        self._coroutine = self._pulled.run(lot.items, runtime.stop_flag, self._gone, self._pull_failed, *self._calls)
+        runtime.burst = self
+        return self._coroutine
+
+    def _pull_failed(self, error: BaseException) -> bool:
+        assert self._pulled is not None
+        place = self._pulled.failed_step(error)
+        if place is None:
+            return True  # the consumer's, or its leaving
+        at, value = place
+        self._end_pull(at)
+        if not isinstance(error, FAILURES):
+            return True
+        self._handed = Unusual(self.first + at, value, None, error)
+        return False
+
+    def end_pull(self) -> None:
+        """The consumer is done with what it pulled, or leaves it."""
+        if self._account.direct:
+            self._end_pull(None)
+
+    def _end_pull(self, at: int | None) -> None:
+        self._untimed += self._close(at)
+        self._account.direct = False
+        seconds = perf_counter() - self._pull_began
+        if seconds < _SHORT:
+            self._reach = min(self._reach * 2, _REACH)
+        elif seconds > _LONG:
+            self._reach = max(self._reach // 4, 1)
 
     # --- handlers that wait
 
@@ -284,6 +364,10 @@ class Lane:
 
     def give_way(self) -> None:
         """The handler at work has suspended, if one is: close its burst, so that nobody else is held up by it."""
+        if self._account.direct:
+            self._gone.append(True)
+            self._end_pull(None)
+            return
         if self._account.lot is not None:
             at = self._at_work() or 0
             self._close(at)
