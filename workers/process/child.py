@@ -30,21 +30,11 @@ from pipeline.cancellation.reason import CancelReason
 from ..base import Outcome, WorkerState
 from ..performer import Performer, WorkerStopped
 from ..pooled import PARTIAL_LIMIT
+from .arena import Arena
 from .handlers import unpack_handler
+from .packer import SCALARS, Packer, RefusedError, UnreadableError, portable
 from .shared import ChildEnd, SharedWords
-from .wire import (
-    SCALARS,
-    Frame,
-    FrameReader,
-    RefusedError,
-    UnreadableError,
-    box,
-    box_outcome,
-    frame,
-    open_box,
-    portable,
-    unsendable_result,
-)
+from .wire import Frame, FrameReader, frame
 
 __all__ = ["main"]
 
@@ -68,13 +58,20 @@ Run = tuple[int, list[Any], bool]
 """The number of the first item, the items, and whether some are in boxes."""
 
 
-def main(down: ChildEnd, up: ChildEnd, words: SharedWords, handler: bytes, stage: str, number: int) -> None:
-    """The process's whole life. `down` and `up` are its ends of the pipes, `words` the shared memory."""
+def main(
+    pipes: tuple[ChildEnd, ChildEnd],
+    words: SharedWords,
+    arenas: tuple[Arena | None, Arena | None],
+    handler: bytes,
+    stage: str,
+    number: int,
+) -> None:
+    """The process's whole life. Of `pipes` and `arenas` the first leads down to it, the second up to its parent."""
     os.environ.pop("PYTHONSAFEPATH", None)  # it was for this process's start, not for what a handler starts
     # Ctrl-C in a terminal reaches the whole group; what it means is the parent's decision.
     # SIGTERM may be meant for the whole group as well, and a drain shall lose nothing: it counts once the parent has
     # told this process to stop.
-    child = _Child(down, up, words, stage, number)
+    child = _Child(pipes, words, arenas, stage, number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, child.terminate)
     if hasattr(signal, "pthread_sigmask"):
@@ -90,9 +87,18 @@ _BOXES: frozenset[type] = frozenset({tuple})
 
 
 class _Child:
-    def __init__(self, down: ChildEnd, up: ChildEnd, words: SharedWords, stage: str, number: int) -> None:
-        self._down = down.number
-        self._up = up.number
+    def __init__(
+        self,
+        pipes: tuple[ChildEnd, ChildEnd],
+        words: SharedWords,
+        arenas: tuple[Arena | None, Arena | None],
+        stage: str,
+        number: int,
+    ) -> None:
+        self._down, self._up = (end.number for end in pipes)
+        down, up = arenas
+        self._packer = Packer(up, down)
+        self._takes_blocks = down is not None
         self._words = words.words
         self._shared = words
         self._runs: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
@@ -114,6 +120,7 @@ class _Child:
         self._outputs: list[Any] = []
         self._performer: Performer | None = None
         self._call: Callable[[Any], Any] = abs
+        self._simple = True
         self.requests: list[CancelReason | None] = []
         self.cancelled = False
         self.reasons: tuple[CancelReason, ...] = ()
@@ -132,26 +139,26 @@ class _Child:
         try:
             loaded = unpack_handler(handler)
             self._performer = performer = Performer(loaded, self._state, self)
-            self._call = loaded.bound(self._state)
+            self._call, self._simple = loaded.bound(self._state), loaded.simple
             what = "setup"
             performer.open()
-            self._write(frame(Frame.READY, None))
-            self._work(performer, simple=loaded.simple)
+            self._write(frame(Frame.READY, self._takes_blocks))
+            self._work(performer)
             what = "teardown"
             performer.close()
         except _HungUp:
             return  # leave quietly
         except BaseException as error:
             with contextlib.suppress(_HungUp):
-                self._write(frame(Frame.BROKEN, (what, box(portable(error)))))
+                self._write(frame(Frame.BROKEN, (what, self._packer.box(portable(error)))))
 
-    def _work(self, performer: Performer, *, simple: bool) -> None:
+    def _work(self, performer: Performer) -> None:
         while not self.cancelled:
             run = self._runs.get()
             if run is None:
                 return
             first, items, boxed = run
-            if simple:
+            if self._simple:
                 self._do(performer, first, items, self._open_and_call if boxed else self._call, SCALARS)
             else:
                 self._do(performer, first, items, self._perform, _BOXES)
@@ -183,7 +190,7 @@ class _Child:
 
     def _open_and_call(self, boxed: Any) -> Any:
         try:
-            item = open_box(boxed)
+            item = self._packer.open(boxed)
         except RefusedError as error:
             raise TypeError(str(error)) from None
         except Exception as error:  # an item's own unpickling code may raise anything
@@ -195,15 +202,15 @@ class _Child:
         attempt, boxed = entry
         assert self._performer is not None
         try:
-            item = open_box(boxed)
+            item = self._packer.open(boxed)
         except RefusedError as error:
-            return box_outcome(Outcome(error=TypeError(str(error)), attempts=attempt))
+            return self._packer.box_outcome(Outcome(error=TypeError(str(error)), attempts=attempt))
         except Exception as error:  # likewise
-            return box_outcome(Outcome(error=UnreadableError(f"{type(error).__name__}: {error}")))
+            return self._packer.box_outcome(Outcome(error=UnreadableError(f"{type(error).__name__}: {error}")))
         self._credit, self._credits = PARTIAL_LIMIT, queue.SimpleQueue()
         outcome = self._performer.perform(item, attempt)
         self._flush_outputs()
-        return box_outcome(outcome)
+        return self._packer.box_outcome(outcome)
 
     def _box(self, result: Any) -> Any:
         """A result that is not a plain scalar: await what is to be awaited, and pickle it at once."""
@@ -215,10 +222,10 @@ class _Child:
         self._boxed = True
         if not isinstance(result, Outcome):
             try:
-                return box(result)
-            except Exception as error:  # a result's own pickling code may raise anything
-                result = Outcome(error=unsendable_result(error))
-        return box_outcome(result)
+                return self._packer.box(result)
+            except Exception:  # a result's own pickling code may raise anything; once more, to say what
+                result = Outcome(result)
+        return self._packer.box_outcome(result)
 
     def _flush(self) -> None:
         """Send what is finished. Also from the reader's thread, when an item takes long."""
@@ -245,7 +252,7 @@ class _Child:
 
     def send(self, output: Any) -> None:
         """One output of a generator; waits, off the attempt's clock, while too many have not left downstream."""
-        self._outputs.append(box(output))
+        self._outputs.append(self._packer.box(output))
         self._credit -= 1
         if len(self._outputs) >= _OUTPUTS or self._credit <= 0 or perf_counter() - self._flushed > _FLUSH:
             self._flush_outputs()
@@ -334,5 +341,8 @@ class _Child:
         rest = list(source)
         if rest:
             number = end - len(rest)
+        for _, items, _ in [(0, rest, True), *waiting]:
+            for item in items:
+                self._packer.drop(item if self._simple else item[1])
         with contextlib.suppress(_HungUp):
             self._write(frame(Frame.RETURNED, number))

@@ -28,7 +28,10 @@ from pipeline.errors import PipelineError
 from pipeline.runtime import PipelineRuntime, ProcessLike
 
 from . import child
+from .arena import Arena
 from .handlers import main_is_importable
+from .memory import Memory
+from .packer import Packer
 from .shared import ChildEnd, SharedWords
 from .wire import Frame, FrameReader, frame
 
@@ -77,6 +80,7 @@ class WorkerLink:
         name: str,
         method: str,
         arguments: tuple[bytes, str, int],
+        memory: Memory,
         *,
         on_frame: Callable[[WorkerLink, Frame, Any], None],
         on_end: Callable[[WorkerLink, int | None, BaseException | None], None],
@@ -97,6 +101,8 @@ class WorkerLink:
         self._hanging_up = False
         self._reader = FrameReader()
         self._words = SharedWords()
+        self._arenas = (Arena.make(), Arena.make())
+        self.packer = Packer(None, self._arenas[1], memory)
         child_in, self._down = _pipe()
         self._up, child_out = _pipe()
         self._child_ends = (ChildEnd(child_in), ChildEnd(child_out))
@@ -109,6 +115,12 @@ class WorkerLink:
     @property
     def words(self) -> memoryview:
         return self._words.words
+
+    def is_ready(self, *, takes_blocks: bool) -> None:
+        """Its `setup` is done; large buffers may go through shared memory if it has that."""
+        self.ready = True
+        if takes_blocks:
+            self.packer.out = self._arenas[0]
 
     # --- starting
 
@@ -126,7 +138,7 @@ class WorkerLink:
 
     def _launch(self) -> None:
         try:
-            arguments = (*self._child_ends, self._words, *self._arguments)
+            arguments = (self._child_ends, self._words, self._arenas, *self._arguments)
             with _starting, _signals_blocked(), _main_hidden():
                 if self._context.get_start_method() == "forkserver":
                     self._context.set_forkserver_preload(_PRELOAD)
@@ -162,7 +174,7 @@ class WorkerLink:
         self._close_child_ends()
         for descriptor in list(self._open):
             self._close(descriptor)
-        self._words.close()
+        self._close_memory()
 
     def _take_over(self) -> bool:
         with self._lock:
@@ -278,11 +290,21 @@ class WorkerLink:
         self._out.clear()
         self._close(self._up)
         self._close(self._down)
-        self._words.close()
+        self._close_memory()
 
     def _close_child_ends(self) -> None:
         for end in self._child_ends:
             end.close()
+        for arena in self._arenas:
+            if arena is not None:
+                arena.close_descriptor()
+
+    def _close_memory(self) -> None:
+        self.packer.out = None
+        self._words.close()
+        for arena in self._arenas:
+            if arena is not None:
+                arena.close()
 
     def _close(self, descriptor: int) -> None:
         if descriptor in self._open:

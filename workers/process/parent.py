@@ -21,14 +21,17 @@ from typing import Any
 
 from pipeline.errors import WorkerLostError
 
-from ..base import Handler, HandlerKind, Outcome
+from ..base import Handler, Outcome
 from ..parcel import Parcel
 from ..pooled import HOLD_LIMIT, Job, Order, Pace
+from . import faults
 from .handlers import pack_handler
 from .link import WorkerLink, program_is_ending
 from .load import Load
+from .memory import Memory
+from .packer import SCALARS, is_unreadable, unreadable
 from .shared import SharedWords
-from .wire import SCALARS, Frame, box, is_unreadable, open_box, open_outcome, refusal
+from .wire import Frame
 
 __all__ = ["ProcessExecutor"]
 
@@ -41,8 +44,6 @@ _LOOK = 0.005
 """Seconds between two looks at whether items wait behind a slow one while a worker is idle."""
 _BACKOFF = 0.05
 """Seconds before the second replacement in a row; doubles up to one second."""
-_MARGIN = 0.25
-"""Seconds beyond its timeout that a coroutine gets to end by itself before its process is killed."""
 
 
 class ProcessExecutor:
@@ -55,6 +56,7 @@ class ProcessExecutor:
         self._packed = [pack_handler(order.stage, handler) for handler in order.handlers]
         self._loads: dict[WorkerLink, Load] = {}
         self._backlog: deque[Parcel] = deque()
+        self._memory = Memory()
         self._number = 0
         self._deaths = 0
         self._given = 0
@@ -99,7 +101,7 @@ class ProcessExecutor:
 
     async def close(self) -> None:
         self._closing = True
-        self._stop_timers()
+        self._stop()
         for link in self._loads:
             link.hang_up()
         if self._loads:
@@ -110,7 +112,7 @@ class ProcessExecutor:
         if self._aborted:
             return
         self._aborted = True
-        self._stop_timers()
+        self._stop()
         for link in self._loads:
             link.send(Frame.CANCEL, self._order.runtime.reasons)
             link.hang_up()
@@ -134,6 +136,7 @@ class ProcessExecutor:
             f"{self._order.stage}:worker-{number}",
             self._method,
             (self._packed[number % len(self._packed)], self._order.stage, number),
+            self._memory,
             on_frame=self._obey,
             on_end=self._ended,
         )
@@ -171,9 +174,9 @@ class ProcessExecutor:
             items = parcel.items
             boxed = not SCALARS.issuperset(map(type, items))
             if boxed:
-                items = [_boxed(item, parcel) for item in items]
+                items = [link.packer.box_item(item, by_value=parcel.by_value) for item in items]
         else:
-            items, boxed = [(job.attempt, _boxed(job.item, parcel)) for job in parcel.items], True
+            items, boxed = [(job.attempt, link.packer.box_item(job.item, by_value=parcel.by_value)) for job in parcel.items], True
             if load.handler.kind.many:
                 for job in parcel.items:
                     job.grant = partial(self._grant, link, load, job)
@@ -190,13 +193,13 @@ class ProcessExecutor:
         if load is None or self._aborted:
             return
         if kind is Frame.RESULTS:
-            self._results(load, *content)
+            self._results(link, load, *content)
             self._deaths = 0
             self._hand_out()
         elif kind is Frame.OUTPUTS:
-            self._outputs(load, *content)
+            self._outputs(link, load, *content)
         elif kind is Frame.READY:
-            link.ready = True
+            link.is_ready(takes_blocks=content)
             self._hand_out()
         elif kind is Frame.RETURNED:
             self._called_back(load, content)
@@ -205,10 +208,10 @@ class ProcessExecutor:
             load.broken = True
             if what == "handler":
                 what = "loading the handler"
-            self._order.broke(_unpacked_error(packed), what)
+            self._order.broke(link.packer.open_error(packed), what)
         self._order.ready()
 
-    def _results(self, load: Load, first: int, results: list[Any], boxed: bool, seconds: float) -> None:
+    def _results(self, link: WorkerLink, load: Load, first: int, results: list[Any], boxed: bool, seconds: float) -> None:
         """More is finished of the parcel that a worker is at."""
         if not load.parcels:
             return
@@ -217,10 +220,10 @@ class ProcessExecutor:
         if boxed:
             for at, result in enumerate(results):
                 if is_unreadable(result):
-                    self._finished(load, map(open_outcome, results[start:at]), ordinary=False)
+                    self._finished(load, map(link.packer.open_outcome, results[start:at]), ordinary=False)
                     self._unreadable(load, result)
                     start = at + 1
-            results = list(map(open_outcome, results[start:]))
+            results = list(map(link.packer.open_outcome, results[start:]))
         self._finished(load, results, ordinary=not boxed)
 
     def _finished(self, load: Load, results: Iterable[Any], *, ordinary: bool) -> None:
@@ -252,20 +255,17 @@ class ProcessExecutor:
         """The worker could not read an item: a class of the main program, perhaps. Once more, by value."""
         item = load.take_next()
         if item.by_value:
-            self._fail(item, Outcome(error=TypeError(f"the item cannot be unpickled: {result[1]}")))
+            self._fail(item, Outcome(error=unreadable("item", result[1])))
         else:
             item.by_value = True
             self._backlog.appendleft(item)
 
-    def _outputs(self, load: Load, number: int, outputs: list[Any]) -> None:
+    def _outputs(self, link: WorkerLink, load: Load, number: int, outputs: list[Any]) -> None:
         job = load.numbered(number)
         if job is None:
             return
-        for packed in outputs:
-            try:
-                job.add_output(open_box(packed))
-            except Exception as error:  # an output's own unpickling code may raise anything
-                job.add_output(_unreadable_output(error))
+        for boxed in outputs:
+            job.add_output(link.packer.open_output(boxed))
         self._order.told(job)
 
     # --- items that wait behind a slow one
@@ -307,7 +307,7 @@ class ProcessExecutor:
         if load.broken:
             return  # the run is failing for that reason already
         if not link.ready and (error is not None or (exit_code or 0) >= 0):
-            self._order.broke(error or _start_error(self._order.stage, exit_code), "starting a worker process")
+            self._order.broke(error or faults.not_started(self._order.stage, exit_code), "starting a worker process")
             return
         self._take_back(link, load, exit_code)
         self._deaths += 1
@@ -333,14 +333,13 @@ class ProcessExecutor:
             attempt = lost.items[0].attempt
             attempts = max(attempt, link.last_attempt)
         if load.doomed:
-            self._overran(lost, load, attempt, attempts)
+            self._overran(lost, load.handler, attempt, attempts)
         else:
-            cause = WorkerLostError(f"the worker process of stage {self._order.stage!r} died while it handled this item ({_death(exit_code)})")
+            cause = faults.lost(self._order.stage, exit_code)
             self._fail(lost, Outcome(error=cause, attempts=attempts, retried=attempts - attempt, lost=True))
 
-    def _overran(self, lost: Parcel, load: Load, attempt: int, attempts: int) -> None:
-        handler = load.handler
-        error = TimeoutError(f"the attempt took more than {handler.timeout:g} s; its worker process was killed")
+    def _overran(self, lost: Parcel, handler: Handler, attempt: int, attempts: int) -> None:
+        error = faults.overran(handler)
         delay = handler.retry.delay(attempts, error)
         if delay is None:
             outcome = Outcome(error=error, attempts=attempts, retried=attempts - attempt, timed_out=True, seconds=handler.timeout or 0.0)
@@ -361,9 +360,7 @@ class ProcessExecutor:
 
     def _give_up(self) -> None:
         """Workers die faster than they finish anything: fail what is there and what comes, by the stage's policy."""
-        self._hopeless = WorkerLostError(
-            f"{self._deaths} worker processes of stage {self._order.stage!r} died in a row without finishing an item; no more are started"
-        )
+        self._hopeless = faults.hopeless(self._order.stage, self._deaths)
         for link, load in self._loads.items():
             if not load.parcels:
                 link.hang_up()
@@ -384,7 +381,8 @@ class ProcessExecutor:
         if timeout is not None and self._clock is None and self._given and not (self._aborted or self._closing):
             self._clock = asyncio.get_running_loop().call_later(min(timeout / 4, 0.25), self._look_at_clock)
 
-    def _stop_timers(self) -> None:
+    def _stop(self) -> None:
+        self._memory.close()
         for timer in (self._clock, self._looking):
             if timer is not None:
                 timer.cancel()
@@ -393,10 +391,9 @@ class ProcessExecutor:
         self._clock = None
         now = monotonic_ns()
         for link, load in self._loads.items():
-            limit = _limit(load.handler)
-            words = link.words
-            began = words[SharedWords.BEGAN]
-            if not load.doomed and words[SharedWords.ITEM] and load.parcels and began and now - began > limit * 1e9:
+            began = link.words[SharedWords.BEGAN]
+            overran = began and now - began > faults.limit(load.handler) * 1e9
+            if overran and not load.doomed and link.words[SharedWords.ITEM] and load.parcels:
                 load.doomed = True
                 link.kill()
         self._watch_clock()
@@ -406,49 +403,8 @@ def _held(entry: tuple[WorkerLink, Load]) -> int:
     return entry[1].held
 
 
-def _boxed(item: Any, parcel: Parcel) -> Any:
-    try:
-        return box(item, by_value=parcel.by_value)
-    except Exception as error:  # an item's own pickling code may raise anything
-        return refusal(error)
-
-
 def _complete(parcel: Parcel, start: int) -> None:
     """Jobs are over: add to their outcomes what earlier workers did for them."""
     for job, outcome in zip(parcel.items[start : parcel.done], parcel.results[start : parcel.done], strict=True):
         outcome.retried += job.retried
         job.grant = None
-
-
-def _limit(handler: Handler) -> float:
-    """Seconds after which the process is killed. A coroutine is ended by a timer in the worker, if it lets itself be."""
-    timeout = handler.timeout or 0.0
-    asynchronous = handler.kind in (HandlerKind.COROUTINE, HandlerKind.ASYNC_GENERATOR)
-    return timeout + _MARGIN if asynchronous else timeout
-
-
-def _unpacked_error(packed: Any) -> BaseException:
-    try:
-        return open_box(packed)
-    except Exception as error:  # the worker has tried it; still, modules may differ
-        return TypeError(f"the exception cannot be unpickled: {type(error).__name__}: {error}")
-
-
-def _unreadable_output(error: Exception) -> Any:
-    from pipeline.result import Err
-
-    return Err(TypeError(f"the output cannot be unpickled: {type(error).__name__}: {error}"))
-
-
-def _death(exit_code: int | None) -> str:
-    if exit_code is not None and exit_code < 0:
-        return f"signal {-exit_code}"
-    return f"exit code {exit_code}"
-
-
-def _start_error(stage: str, exit_code: int | None) -> WorkerLostError:
-    return WorkerLostError(
-        f"a worker process of stage {stage!r} ended while it started ({_death(exit_code)}). The most common cause is a main "
-        'program that starts its pipeline outside of `if __name__ == "__main__":`, for a worker process imports it again; '
-        "the worker's own message on stderr tells more"
-    )
