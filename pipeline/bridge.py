@@ -1,8 +1,11 @@
 """`BridgeSink`: the output of a run whose consumer is a synchronous iterator in another thread.
 
-The rule kept here: one deque, appended to by the loop and popped by the consumer, both atomic. Each side rings the
-other only when that one has said that it waits, so a busy pair pays little for being in two threads. The lock covers
-only what must agree at the end: taking an item and counting it as delivered.
+The rules kept here:
+
+- One deque, appended to by the loop and popped by the consumer, both atomic. Each side rings the other only when that
+  one has said that it waits, so a busy pair pays little for being in two threads. The consumer takes many at once.
+- Ctrl-C may interrupt the consumer between any two instructions. What it has taken is therefore read off the iterator
+  that it takes from, and written down as a total, which may be done again.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
+from .lot import Lot, Meter
 from .metrics import Counters
 from .protocols import Node
 from .runtime import PipelineRuntime
@@ -42,6 +46,10 @@ class BridgeSink:
         self._over = False
         self._lock = threading.Lock()
         self._room_made = asyncio.Event()
+        self._lot: tuple[Lot, int] | None = None
+        """What the consumer is taking from, and how many it had received before."""
+        self._held = 0
+        """Room that the rest of that still takes up."""
 
     # --- the loop's side
 
@@ -52,9 +60,13 @@ class BridgeSink:
     def attract(self, node: Node) -> None:
         """The consumer is in another thread, and asks nothing of the loop's."""
 
+    def lend(self, places: int) -> None:
+        self._capacity += places
+
     @property
     def delivered(self) -> int:
-        return self.counters.received
+        open_lot = self._lot
+        return self.counters.received if open_lot is None else open_lot[1] + open_lot[0].taken
 
     @property
     def discarded(self) -> int:
@@ -69,10 +81,11 @@ class BridgeSink:
 
     @property
     def drained(self) -> bool:
-        return not self._items
+        open_lot = self._lot
+        return not self._items and (open_lot is None or not open_lot[0].left)
 
     def room(self) -> int:
-        return 0 if self.closed else self._capacity - len(self._items)
+        return 0 if self.closed else self._capacity - len(self._items) - self._held
 
     def put_nowait(self, item: Any) -> None:
         self._up.emitted += 1
@@ -129,6 +142,10 @@ class BridgeSink:
         """The consumer takes no more. From its thread, before it asks for the stop: the run may close at any moment."""
         with self._lock:
             self._left = True
+            open_lot = self._lot
+            if open_lot is not None:
+                self._write_down(open_lot)
+                self._items.extendleft(reversed(list(open_lot[0].items)))
 
     def discard(self) -> None:
         """What is buffered for a consumer that has left goes nowhere; it is kept until the stop is on record."""
@@ -143,6 +160,10 @@ class BridgeSink:
             if self._left:
                 self._drop_rest()
                 return
+            open_lot, self._lot = self._lot, None
+            if open_lot is not None:
+                lot, before = open_lot
+                self.counters.received = before + lot.taken + lot.left
             self.counters.received += len(self._items)
             if self._tally:
                 self.tallied += sum(map(length_of, self._items))
@@ -163,25 +184,54 @@ class BridgeSink:
 
     def take(self) -> Iterator[Any]:
         """Yield outputs until the run ends or is stopped; blocks while there is none."""
-        items, lock = self._items, self._lock
+        items = self._items
         while True:
             while items:
-                with lock:
-                    item = items.popleft()
-                    if not self._over:
-                        self.counters.received += 1
-                        if self._tally:
-                            self.tallied += length_of(item)
-                if self._sender_waits and len(items) * 2 <= self._capacity:
-                    self._sender_waits = False
-                    self._runtime.call_soon_threadsafe(self._room_made.set)
-                if not items:
-                    self._runtime.call_soon_threadsafe(self._runtime.pulse)
-                yield item
+                yield from self._next_lot()
+            self._close_lot()
+            self._make_room()
             if self.closed and not items:
+                self._runtime.call_soon_threadsafe(self._runtime.pulse)
                 return
             self._consumer_waits = True
             if items or self.closed:  # looked at again: the loop may have passed in between
                 self._consumer_waits = False
                 continue
             self._bell.get()
+
+    def _next_lot(self) -> Iterator[Any]:
+        """What is there; half of it when the stages wait for room, so that they go on while the consumer is busy with it."""
+        items = self._items
+        with self._lock:
+            self._close_lot()
+            number = len(items)
+            if self._sender_waits:
+                number = (number + 1) // 2
+            if self._tally:
+                number = 1
+            batch = [items.popleft() for _ in range(number)]
+            outputs = iter(batch)
+            if self._over:
+                return outputs
+            self._lot = (Lot(outputs, cast("Meter", outputs), number), self.counters.received)
+            self._held = number - 1
+            if self._tally:
+                self.tallied += length_of(batch[0])
+        self._make_room()
+        return outputs
+
+    def _close_lot(self) -> None:
+        open_lot = self._lot
+        if open_lot is not None:
+            self._write_down(open_lot)
+
+    def _write_down(self, open_lot: tuple[Lot, int]) -> None:
+        lot, before = open_lot
+        self.counters.received = before + lot.taken
+        self._lot = None
+        self._held = 0
+
+    def _make_room(self) -> None:
+        if self._sender_waits:
+            self._sender_waits = False
+            self._runtime.call_soon_threadsafe(self._room_made.set)

@@ -47,7 +47,7 @@ class Channel:
 
     keeps = True
 
-    __slots__ = ("_errors", "_getters", "_items", "_loop", "_putters", "aborted", "capacity", "down", "finished", "reserved", "up")
+    __slots__ = ("_errors", "_getters", "_lent", "_items", "_loop", "_putters", "aborted", "capacity", "down", "finished", "reserved", "up")
 
     def __init__(
         self, capacity: int, up: Counters, down: Counters, loop: asyncio.AbstractEventLoop, *, errors: bool = False
@@ -65,6 +65,7 @@ class Channel:
         """The sender has ended the stream; what is queued is still taken."""
         self.aborted = False
         """Closed for good: nothing is accepted any more."""
+        self._lent = 0
         self.reserved = 0
         """Room lent to finished items that wait for their turn in an ordered stage behind this channel."""
 
@@ -77,7 +78,11 @@ class Channel:
         """How many items fit now; 0 when closed."""
         if self.aborted or self.finished:
             return 0
-        return (self.capacity or len(self._getters)) - self.reserved - len(self._items)
+        return (self.capacity or len(self._getters)) + self._lent - self.reserved - len(self._items)
+
+    def lend(self, places: int) -> None:
+        """Room of edges inside of the sender, in which it never leaves anything: so many items more may wait here."""
+        self._lent = places
 
     @property
     def closed(self) -> bool:
@@ -93,7 +98,9 @@ class Channel:
 
     def offer(self, item: Any) -> bool:
         """Add one item if there is room."""
-        if self.aborted or self.finished or (self.capacity or len(self._getters)) - self.reserved <= len(self._items):
+        if self.aborted or self.finished:
+            return False
+        if (self.capacity or len(self._getters)) + self._lent - self.reserved <= len(self._items):
             return False
         self._items.append(item)
         self.up.emitted += 1
@@ -236,7 +243,7 @@ class Channel:
         # Resuming a sender at half capacity makes it run for a batch instead of an item. An empty queue always resumes
         # it: with room lent to an ordered stage, half may never come free.
         room = self.room()
-        if room > 0 and (not self._items or room * 2 >= self.capacity):
+        if room > 0 and (not self._items or room * 2 >= self.capacity + self._lent):
             self._wake(self._putters)
 
     async def _wait(self, waiters: _Waiters) -> None:

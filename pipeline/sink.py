@@ -36,6 +36,9 @@ class DiscardingSink:
     def attract(self, node: Node) -> None:
         """Nothing is ever asked for."""
 
+    def lend(self, places: int) -> None:
+        """Nothing ever waits here."""
+
     @property
     def delivered(self) -> int:
         return self.counters.received
@@ -138,6 +141,7 @@ class BufferSink:
         self.room, self.wait_room = channel.room, channel.wait_room
         self.put, self.offer = channel.put, channel.offer
         self.put_nowait, self.put_many = channel.put_nowait, channel.put_many
+        self.lend = channel.lend
 
     def attract(self, node: Node) -> None:
         if isinstance(node, Pullable) and not self._tally:

@@ -29,6 +29,8 @@ class ChainNode:
         self._capacities = [seat.stage.capacity for seat in seats]
         self._pieces = _pieces(self._steps)
         self._whole = Lane(self._steps, wires.inlet, wires.outlet, wires.runtime, self._suspended)
+        if len(self._pieces) == 1:
+            wires.outlet.lend(sum(self._capacities[1:]))
         self._lanes: dict[asyncio.Task[None], Lane] = {}
         self._spread = False
 
