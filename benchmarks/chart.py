@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from .model import LIMITS, OURS, PACKAGES, STDLIB, UVLOOP
-from .report import Book, Verdict, ratio_text, standing
+from .report import Book, Verdict, standing, value_text
 
 __all__ = ["draw"]
 
 _MET, _MISSED, _GREY = "#2a7f62", "#c8553d", "#8a8f98"
 _SLOWEST = 1e-3
 """Everything slower is drawn at the edge."""
+_FARTHEST = 16.0
+"""Bars are drawn up to so many times above or below what is required."""
 
 
 def draw(book: Book, path: Path) -> None:
@@ -25,7 +27,7 @@ def draw(book: Book, path: Path) -> None:
     verdicts = [verdict for verdict in book.verdicts() if verdict.score is not None]
     shown = [workload for workload in book.workloads if len(book.participants(workload)) > 1]
     rows = max(len(verdicts), len(shown), 4)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(19, 2.2 + 0.36 * rows), gridspec_kw={"width_ratios": [1, 1.35]})
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(18, 1.6 + 0.27 * rows), gridspec_kw={"width_ratios": [1, 1.3]})
     _draw_bars(left, verdicts)
     _draw_peers(right, book, shown)
     figure.tight_layout()
@@ -34,18 +36,18 @@ def draw(book: Book, path: Path) -> None:
 
 
 def _draw_bars(axes: Any, verdicts: Sequence[Verdict]) -> None:
-    scores = [verdict.score or 0.0 for verdict in verdicts]
+    scores = [min(max(verdict.score or 0.0, 1 / _FARTHEST), _FARTHEST) for verdict in verdicts]
     places = range(len(verdicts))
     axes.barh(places, [score - 1 for score in scores], left=1, color=[_MET if v.met else _MISSED for v in verdicts], height=0.6)
     for place, verdict, score in zip(places, verdicts, scores, strict=True):
-        text = ratio_text(verdict.value or 0.0) if verdict.bar.unit == "×" else f"{verdict.value:.1f} {verdict.bar.unit}"
+        text = value_text(verdict)
         axes.annotate(text, (score, place), xytext=(4 if score >= 1 else -4, 0), textcoords="offset points", va="center", ha="left" if score >= 1 else "right", fontsize=8)
     axes.set_xscale("log", base=2)
-    axes.set_xlim(min([0.4, *scores]) / 1.5, max([2.5, *scores]) * 1.7)
+    axes.set_xlim(1 / _FARTHEST / 3, _FARTHEST * 3)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(places, [_label(verdict) for verdict in verdicts], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xticks([0.5, 1, 2], ["half of the bar", "the bar", "twice the bar"], fontsize=8)
+    axes.set_ylim(len(verdicts) - 0.4, -0.6)
+    axes.set_xticks([1 / 16, 1 / 4, 1, 4, 16], ["1/16 or less", "1/4", "the bar", "4 times", "16 or more"], fontsize=8)
     axes.minorticks_off()
     axes.set_title("penstock against its bars (right of the line: met)", fontsize=10)
     _plain(axes)
@@ -78,7 +80,7 @@ def _draw_peers(axes: Any, book: Book, shown: Sequence[Any]) -> None:
     ticks = [0.001, 0.01, 0.1, 1]
     axes.set_xticks(ticks, ["1/1000 or less", "1/100", "1/10", OURS], fontsize=8)
     axes.set_yticks(range(len(shown)), [workload.name for workload in shown], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_title("speed beside penstock (left of the line: slower)", fontsize=10)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     _plain(axes)

@@ -88,7 +88,7 @@ class Timed:
     """Items of the run whose time is taken off."""
     seconds: float = 0.1
     """About how long one repetition should take."""
-    repeats: int = 5
+    repeats: int = 4
     step: int = 1
     """Sizes are multiples of it."""
 

@@ -1,14 +1,16 @@
 """From outcomes to ratios, verdicts and tables.
 
 The rule kept here: two costs are compared within one round, and the median over the rounds is what counts. A bar
-without a figure is not met, and whatever failed has a row that says so.
+without a figure is not met, nor is one in whose workload penstock has failed in any round; and whatever failed has a
+row that says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from math import sqrt
+from statistics import median, median_high, median_low
 
 from .model import BEST_PEER, LIMITS, OURS, PACKAGES, STDLIB, UVLOOP, Bar, Form, Workload
 from .runner import Outcome
@@ -29,10 +31,12 @@ class Verdict:
     """Who it was measured against, by name."""
     value: float | None
     """The ratio or the figure; None when one of the two sides has none."""
+    failed: bool = False
+    """Whether penstock has failed in a round."""
 
     @property
     def met(self) -> bool:
-        return self.value is not None and self.bar.met(self.value)
+        return self.value is not None and not self.failed and self.bar.met(self.value)
 
     @property
     def score(self) -> float | None:
@@ -75,8 +79,9 @@ class Book:
     def relative(self, workload: Workload, measure: str, participant: str, to: str) -> float | None:
         """How many times the first one's cost goes into the other's: above 1, it is cheaper."""
         ours, theirs = self.costs(workload, participant, measure), self.costs(workload, to, measure)
-        both = [theirs[number] / ours[number] for number in ours.keys() & theirs.keys() if ours[number] > 0]
-        return median(both) if both else None
+        both = [theirs[number] / ours[number] for number in ours.keys() & theirs.keys() if min(ours[number], theirs[number]) > 0]
+        # Of the two in the middle the geometric mean: seen from the other side, it is the same ratio.
+        return sqrt(median_low(both) * median_high(both)) if both else None
 
     def best_peer(self, workload: Workload, measure: str) -> str | None:
         """The library or executor with the lowest cost, among those that count."""
@@ -92,14 +97,15 @@ class Book:
         return [self._verdict(workload, bar) for workload in self.workloads for bar in workload.bars]
 
     def _verdict(self, workload: Workload, bar: Bar) -> Verdict:
+        failed = bool(self.failure(workload, OURS))
         if bar.form is Form.LIMIT:
             costs = self.costs(workload, OURS, bar.measure)
-            return Verdict(workload.name, workload.title, bar, "", median(costs.values()) if costs else None)
+            return Verdict(workload.name, workload.title, bar, "", median(costs.values()) if costs else None, failed)
         reference = self.best_peer(workload, bar.measure) if bar.against == BEST_PEER else bar.against
         ratio = self.relative(workload, bar.measure, OURS, reference) if reference else None
         if ratio is not None and bar.form is Form.COST:
             ratio = 1 / ratio
-        return Verdict(workload.name, workload.title, bar, reference or "no peer finished", ratio)
+        return Verdict(workload.name, workload.title, bar, reference or "no peer finished", ratio, failed)
 
 
 # --- tables
@@ -131,11 +137,16 @@ def bars_table(verdicts: Sequence[Verdict]) -> str:
             against = f"best peer: {against}"
         if verdict.bar.measure == "cpu":
             against += ", CPU an item"
-        rows.append((verdict.title, against or "–", _value(verdict), _required(verdict.bar), "yes" if verdict.met else "**no**"))
+        rows.append((verdict.title, against or "–", value_text(verdict), _required(verdict.bar), _met(verdict)))
     return _table(rows)
 
 
-def _value(verdict: Verdict) -> str:
+def _met(verdict: Verdict) -> str:
+    return "yes" if verdict.met else "**no**, it failed" if verdict.failed else "**no**"
+
+
+def value_text(verdict: Verdict) -> str:
+    """The ratio or the figure, with as many digits as it is worth."""
     return "no figure" if verdict.value is None else _figure(verdict.value, verdict.bar.unit)
 
 
@@ -146,7 +157,7 @@ def _required(bar: Bar) -> str:
 def _figure(value: float, unit: str, *, bar: bool = False) -> str:
     if unit == "×":
         return f"{value:g}×" if bar else ratio_text(value)
-    return f"{value:g} {unit}" if bar else f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+    return f"{value:g} {unit}" if bar else f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
 
 
 def ratio_text(value: float) -> str:

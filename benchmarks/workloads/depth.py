@@ -53,6 +53,7 @@ class Depth:
         return Timed(
             run=partial(self.way, (self.handler,) * depth),
             expected=partial(_added, depth),
+            seconds=0.06,
             repeats=3,
         )
 
@@ -63,7 +64,7 @@ def _added(depth: int, n: int) -> Tally:
 
 def _bare_loop(kind: str) -> Timed:
     run = partial(_swapped, ways.bare_loop, PLAIN) if kind == "sync" else ways.in_loop(ways.bare_awaits, ASYNC)
-    return Timed(run=run, expected=lambda n: Tally(n))
+    return Timed(run=run, expected=lambda n: Tally(n), seconds=0.06)
 
 
 def _swapped(way: ways.SyncChain, handlers: Handlers, n: int) -> Tally:

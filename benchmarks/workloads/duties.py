@@ -81,7 +81,7 @@ def _peak_mb() -> float:
 
 # --- a ticker beside a saturated pipeline
 
-BUSY = 1.0
+BUSY = 0.7
 """Seconds, about, for which the pipeline is busy."""
 
 

@@ -175,7 +175,7 @@ _WAYS: dict[str, Way] = {
 
 def _cells(work: Work, expected: Callable[[int], Tally], base: int, without: tuple[str, ...] = ()) -> dict[str, Timed]:
     return {
-        name: Timed(run=partial(way, work), expected=expected, base=base, seconds=0.6, repeats=2, step=WORKERS * work.chunk)
+        name: Timed(run=partial(way, work), expected=expected, base=base, seconds=0.5, repeats=2, step=WORKERS * work.chunk)
         for name, way in _WAYS.items()
         if name not in without
     }
