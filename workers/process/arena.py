@@ -42,16 +42,16 @@ class Arena:
     def __init__(self, descriptor: int | None = None) -> None:
         if descriptor is None:
             descriptor = os.memfd_create("penstock-arena", os.MFD_CLOEXEC)
+            os.ftruncate(descriptor, _BLOCKS + _SIZE)
+        size = os.fstat(descriptor).st_size
         try:
-            if os.fstat(descriptor).st_size == 0:
-                os.ftruncate(descriptor, _BLOCKS + _SIZE)
-            self._map = mmap.mmap(descriptor, _BLOCKS + _SIZE)
+            self._map = mmap.mmap(descriptor, size)
         except BaseException:
             os.close(descriptor)
             raise
         self._descriptor: int | None = descriptor
         self._bytes = memoryview(self._map)
-        self._free: list[tuple[int, int]] = [(_BLOCKS, _SIZE)]
+        self._free: list[tuple[int, int]] = [(_BLOCKS, size - _BLOCKS)]
         """Offset and length of what is not lent, by offset. The lowest place is taken first: its pages are warm."""
         self._spare = list(range(_BLOCKS - 1, -1, -1))
         self._lent: dict[int, tuple[int, int]] = {}
