@@ -47,7 +47,7 @@ class Channel:
 
     keeps = True
 
-    __slots__ = ("_errors", "_getters", "_lent", "_items", "_loop", "_putters", "aborted", "capacity", "down", "finished", "reserved", "up")
+    __slots__ = ("_errors", "_getters", "_items", "_lent", "_loop", "_putters", "aborted", "capacity", "down", "finished", "reserved", "up")
 
     def __init__(
         self, capacity: int, up: Counters, down: Counters, loop: asyncio.AbstractEventLoop, *, errors: bool = False

@@ -40,10 +40,10 @@ class LatencySample:
         self.count += 1
         self.busy += seconds * weight
 
-    def percentile(self, share: float) -> float:
-        """The sampled duration below which `share` of the samples lie; 0.0 without samples."""
+    def percentiles(self, *shares: float) -> list[float]:
+        """For each share, the sampled duration below which it lies; 0.0 without samples."""
         ring = sorted(self._ring)
-        return ring[min(int(share * len(ring)), len(ring) - 1)] if ring else 0.0
+        return [ring[min(int(share * len(ring)), len(ring) - 1)] if ring else 0.0 for share in shares]
 
 
 class Counters:
@@ -245,6 +245,7 @@ def read_ledger(source: Counters, stages: Sequence[Counters], output: Output | N
 
 def _read_stage(counters: Counters, emitted: int, elapsed: float) -> StageMetrics:
     latency = counters.latency
+    p50, p95, p99 = latency.percentiles(0.50, 0.95, 0.99)
     lost, timed_out, skipped = counters.lost, counters.timed_out, counters.skipped
     succeeded, passed, cancelled = counters.succeeded, counters.passed, counters.cancelled
     dropped, emitted_errors = counters.dropped, counters.emitted_errors
@@ -277,9 +278,9 @@ def _read_stage(counters: Counters, emitted: int, elapsed: float) -> StageMetric
         starved=counters.starved,
         blocked=counters.blocked,
         throughput=processed / elapsed if elapsed > 0 else 0.0,
-        latency_p50=latency.percentile(0.50),
-        latency_p95=latency.percentile(0.95),
-        latency_p99=latency.percentile(0.99),
+        latency_p50=p50,
+        latency_p95=p95,
+        latency_p99=p99,
     )
 
 

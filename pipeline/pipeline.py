@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
+from copy import copy
 from dataclasses import replace
 from typing import Any, Generic, TypeVar, cast, overload
 
@@ -31,7 +32,7 @@ from .lifecycle import Grace, PipelineState
 from .metrics import Counters, PipelineSnapshot, read_ledger
 from .pace import Pacer
 from .policy import ErrorPolicy
-from .protocols import StageLike
+from .protocols import StageLike, is_stage
 from .report import RunReport
 from .result import Err
 from .run import Run
@@ -67,8 +68,8 @@ class Pipeline(Generic[T]):
         log: bool = False,
         tally_len: bool = False,
     ) -> None:
-        if isinstance(cancel_on, Trigger):
-            cancel_on = (cancel_on,)
+        if not isinstance(cancel_on, (tuple, list)):
+            cancel_on = (cancel_on,) if isinstance(cancel_on, Trigger) else tuple(cancel_on)
         _check_options(on_error, cancel_on, grace, scheduler)
         self.name = name or "pipeline"
         self._on_error = on_error
@@ -142,7 +143,7 @@ class Pipeline(Generic[T]):
             right = cast("Pipeline[Any]", other)
             self._links += right._links
             self._members += (right,)
-        elif isinstance(other, StageLike):
+        elif is_stage(other):
             self._links += (Link(cast("StageLike[Any, Any]", other), self._on_error),)
         elif is_stream_operator(other):
             self._links += (Link(stream_stage(other), self._on_error),)
@@ -154,16 +155,10 @@ class Pipeline(Generic[T]):
             )
 
     def _copy(self) -> Pipeline[T]:
-        twin: Pipeline[T] = Pipeline(
-            name=self.name,
-            on_error=self._on_error,
-            cancel_on=self._cancel_on,
-            grace=self._grace,
-            log=self._log,
-            tally_len=self._tally,
-        )
-        twin._source, twin._links, twin._members = self._source, self._links, self._members
-        twin._inner = self._inner
+        twin: Pipeline[T] = copy(self)
+        twin._runtime = None
+        twin._carriers = set()
+        twin._cancelled = ()
         return twin
 
     # --- running

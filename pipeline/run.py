@@ -9,7 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .assembly import Assembly, Link, Sink
 from .cancellation.fence import get_current_reasons, pop_reasons, push_reasons
@@ -50,6 +50,8 @@ class Run:
         self._arrivals: Counter[int] = Counter()
         self._log = log
         self._supervisor: asyncio.Task[None] | None = None
+        self._over: asyncio.Future[None] | None = None
+        """What `watch` waits for."""
 
     def start(self) -> None:
         """Start on the running loop. A run that was cancelled already starts nothing and concludes at once."""
@@ -70,6 +72,7 @@ class Run:
         token = push_reasons(lambda: runtime.reasons)
         try:
             runtime.supervisor = self._supervisor = runtime.start_task(self._oversee(runtime.assembly), name="supervisor")
+            self._supervisor.add_done_callback(self._tell)  # also when it never came to run
             runtime.assembly.start()
         finally:
             pop_reasons(token)
@@ -82,11 +85,13 @@ class Run:
         When the waiting task is cancelled, the run is stopped first, in bounded time, and then the cancellation goes
         on; a second cancellation stops waiting for handlers to clean up.
         """
-        assert self._supervisor is not None
+        supervisor = self._supervisor
+        assert supervisor is not None
         interrupted: asyncio.CancelledError | None = None
-        while not self._supervisor.done():
+        while not supervisor.done():
+            self._over = over = supervisor.get_loop().create_future()
             try:
-                await asyncio.wait((self._supervisor,))
+                await over
             except asyncio.CancelledError as error:
                 self.parent_cancelled()
                 interrupted = interrupted or error
@@ -128,11 +133,18 @@ class Run:
 
     # --- the conclusion
 
+    def _tell(self, *_: object) -> None:
+        if self._over is not None and not self._over.done():
+            self._over.set_result(None)
+
     async def _oversee(self, assembly: Assembly) -> None:
         try:
             await supervise(self.runtime, assembly)
         finally:
             self._conclude(assembly)
+            # This task is done when the one that waits for it comes to see it: a pass of the loop earlier than by callback.
+            self.runtime.tasks.discard(cast("asyncio.Task[None]", self._supervisor))
+            self._tell()
 
     def _conclude(self, assembly: Assembly) -> None:
         runtime = self.runtime

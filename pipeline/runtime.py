@@ -392,7 +392,10 @@ class PipelineRuntime:
             remaining = None if deadline is None else deadline - self.loop.time()
             if remaining is not None and remaining <= 0:
                 return False
-            await asyncio.wait((pulse,), timeout=remaining)
+            if remaining is None:
+                await pulse  # a cancellation takes the pulse with it; the next look makes a new one
+            else:
+                await asyncio.wait((pulse,), timeout=remaining)
         return True
 
     @property

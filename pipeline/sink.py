@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sized
-from typing import Any
+from typing import Any, cast
 
 from .channel import EMPTY, Channel
 from .lot import Lot
@@ -144,8 +144,8 @@ class BufferSink:
         self.lend = channel.lend
 
     def attract(self, node: Node) -> None:
-        if isinstance(node, Pullable) and not self._tally:
-            self._node = node
+        if hasattr(node, "pull") and not self._tally:
+            self._node = cast("Pullable", node)
 
     def put_count(self, number: int) -> None:
         """Outputs that the consumer has pulled itself."""

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-__all__ = ["Burst", "StepKind", "compile_burst", "compile_pull", "only_computes"]
+__all__ = ["Burst", "Loops", "StepKind", "compile_loops", "only_computes"]
 
 _FILE = "<fused stages>"
 
@@ -120,17 +120,38 @@ class Burst:
         return self._steps.get(frame.f_lineno)
 
 
+class Loops(NamedTuple):
+    """The ways to run one row of steps."""
+
+    fast: Burst
+    timed: Burst
+    """Notes the time before the first and after each step."""
+    pulled: Burst | None
+    """A generator; only for steps that all compute."""
+    prompt: bool
+    """Whether no step ever suspends."""
+
+
 @cache
-def compile_burst(kinds: tuple[StepKind, ...], emits: bool, timed: bool = False) -> Burst:
-    """The loop for such a row of steps; `emits` says whether somebody wants the outputs."""
+def compile_loops(kinds: tuple[StepKind, ...], emits: bool) -> Loops:
+    """The loops for such a row of steps; `emits` says whether somebody wants the outputs."""
+    plain = all(kind.trusted and not kind.awaited for kind in kinds)
+    prompt = all(kind.trusted or not kind.awaited for kind in kinds)
+    return Loops(_compile(kinds, emits, False), _compile(kinds, emits, True), _compile_pull(len(kinds)) if plain else None, prompt)
+
+
+def _compile(kinds: tuple[StepKind, ...], emits: bool, timed: bool) -> Burst:
     writer = _Writer(kinds, emits, timed)
+    return _made(writer.text(), writer.steps, awaits=any(kind.awaited for kind in kinds))
+
+
+def _made(text: str, steps: dict[int, int], *, awaits: bool) -> Burst:
     space: dict[str, Any] = {}
-    exec(compile(writer.text(), _FILE, "exec"), space)
-    return Burst(space["burst"], writer.steps, awaits=any(kind.awaited for kind in kinds))
+    exec(compile(text, _FILE, "exec"), space)
+    return Burst(space["burst"], steps, awaits=awaits)
 
 
-@cache
-def compile_pull(steps: int) -> Burst:
+def _compile_pull(steps: int) -> Burst:
     """The same loop as a generator, for so many steps that only compute: each output is made when it is asked for.
 
     `run(items, stop, gone, failed, *functions)`; it ends when one of `stop` and `gone` is not empty, and when `failed`
@@ -144,9 +165,7 @@ def compile_pull(steps: int) -> Burst:
         where[len(lines)] = step
     lines[-1] += "v0" + ")" * steps
     lines += [f"   yield v{steps}", "   if stop or gone: return", " except BaseException as error:", "  if failed(error): raise"]
-    space: dict[str, Any] = {}
-    exec(compile("\n".join(lines), _FILE, "exec"), space)
-    return Burst(space["burst"], where, awaits=False)
+    return _made("\n".join(lines), where, awaits=False)
 
 
 class _Writer:

@@ -19,6 +19,8 @@ from workers.base import Handler, HandlerKind, WorkerState, describe_function
 from workers.placement import Placement, as_placement
 from workers.retry import Retry, as_retry
 
+from .burst import only_computes
+
 if TYPE_CHECKING:
     from pipeline.protocols import StageLike
 
@@ -89,10 +91,11 @@ class Stage(Generic[In, Out]):
     With several handlers each worker has one of them, and an item goes to whichever worker is free.
     """
 
-    __slots__ = ("__wrapped__", "_handlers", "options")
+    __slots__ = ("__wrapped__", "_fusable", "_handlers", "computes", "name", "options")
 
     def __init__(self, functions: Sequence[Callable[..., Any]], options: StageOptions) -> None:
         self.options = options
+        self.name = options.name or describe_function(functions[0])
         self.__wrapped__ = functions[0]
         self._handlers = tuple(
             Handler.of(
@@ -104,6 +107,9 @@ class Stage(Generic[In, Out]):
             )
             for function in functions
         )
+        self._fusable = self._is_fusable()
+        self.computes = only_computes(functions[0])
+        """The function does nothing but operators; see `burst`."""
 
     def with_options(self, **changes: Any) -> Stage[In, Out]:
         """The same handlers under other options."""
@@ -124,10 +130,6 @@ class Stage(Generic[In, Out]):
     # --- what a pipeline asks (`StageLike`)
 
     @property
-    def name(self) -> str:
-        return self.options.name or describe_function(self.__wrapped__)
-
-    @property
     def capacity(self) -> int:
         return DEFAULT_CAPACITY if self.options.buffer is None else self.options.buffer
 
@@ -141,6 +143,9 @@ class Stage(Generic[In, Out]):
 
     @property
     def fusable(self) -> bool:
+        return self._fusable
+
+    def _is_fusable(self) -> bool:
         """A function in the loop, one at a time, called once for each item, needs no task of its own."""
         handler = self._handlers[0]
         return (
@@ -162,14 +167,16 @@ class Stage(Generic[In, Out]):
         return FailureRule.resolve(options.on_error, options.error_handler, options.max_failures, default_policy)
 
     def open(self, seats: Sequence[Seat], wires: Wires) -> Node:
-        from .chain import ChainNode
-        from .crew import CrewNode
-        from .pool import PoolNode
-
         if self.fusable:
+            from .chain import ChainNode
+
             return ChainNode(seats, wires)
         if as_placement(self.options.run_in).kind == "loop":
+            from .crew import CrewNode
+
             return CrewNode(seats[0], wires)
+        from .pool import PoolNode
+
         return PoolNode(seats[0], wires)
 
     def accepts(self, item: In, /) -> Out:

@@ -48,10 +48,9 @@ class Desk:
         self.inlet = wires.inlet
         """Where this stage's items come from at present: closed when the stage stops."""
         self._runtime = wires.runtime
-        self._failures = RateLimitedLog(pipeline=wires.runtime.name, stage=seat.name)
-        self._lags = RateLimitedLog(10.0, pipeline=wires.runtime.name, stage=seat.name)
+        self._failures: RateLimitedLog | None = None
+        self._lags: RateLimitedLog | None = None
         self._last: Err | None = None
-        wires.runtime.at_end.append(self._failures.flush)
 
     # --- an item's end
 
@@ -164,11 +163,16 @@ class Desk:
     # --- the log
 
     def _log(self, err: Err) -> None:
+        if self._failures is None:
+            self._failures = RateLimitedLog(pipeline=self._runtime.name, stage=self.name)
+            self._runtime.at_end.append(self._failures.flush)
         level = "error" if self.rule.policy is ErrorPolicy.RAISE else "warning"
         self._failures.emit(level, "item failed", policy=self.rule.policy.name, attempts=err.attempts, error=describe(err.value))
 
     def lagged(self, seconds: float, *, among: Sequence[str] = ()) -> None:
         """A plain function has held the loop for too long: say which (or that it was one of these), and what to do."""
+        if self._lags is None:
+            self._lags = RateLimitedLog(10.0, pipeline=self._runtime.name, stage=self.name)
         self._lags.emit(
             "warning",
             "a plain function blocks the event loop",

@@ -18,7 +18,7 @@ from pipeline.result import Err
 from workers.base import HandlerKind, WorkerState, is_pending
 from workers.loop import LoopPerformer, is_being_cancelled
 
-from .burst import StepKind, only_computes
+from .burst import StepKind
 from .control import SKIP, KillSwitch, Last
 from .desk import LAG, Desk
 
@@ -39,7 +39,7 @@ class Step:
         self.call: Callable[[Any], Any] = performer.call
         self.many = performer.handler.kind is HandlerKind.GENERATOR
         self.awaited = performer.handler.kind is HandlerKind.COROUTINE
-        self.sure = only_computes(self.call)
+        self.sure: bool = seat.stage.computes
         """It neither waits nor returns anything but an output."""
         self.counters: Counters = seat.counters
         self.desk = desk

@@ -24,7 +24,7 @@ from workers.base import is_pending
 from workers.loop import is_being_cancelled
 
 from .account import Account
-from .burst import Burst, compile_burst, compile_pull
+from .burst import Burst, compile_loops
 from .control import SKIP, PlainTypes
 from .desk import LAG
 from .flow import FAILURES, Flow, Step, Unusual
@@ -104,15 +104,11 @@ class Lane:
         self._steps = steps = self._nodes_steps[first:end]
         kinds = tuple(step.kind for step in steps)
         self._bursts = not any(step.many for step in steps)
-        self._fast = compile_burst(kinds, self.outlet.keeps)
-        self._timed = compile_burst(kinds, self.outlet.keeps, timed=True)
-        self._pulled = compile_pull(len(steps)) if all(step.sure and not step.awaited for step in steps) else None
-        self._prompt = all(step.sure or not step.awaited for step in steps)
-        """Never suspends."""
+        self._loops = compile_loops(kinds, self.outlet.keeps)
         self._calls = [step.call for step in steps]
         self._account = Account([step.counters for step in steps], self.inlet, self.outlet)
         # Steps that all only compute are quick by nature; others may turn slow within one item.
-        self._chunk = _BURST if all(step.sure for step in steps) else _CHUNK
+        self._chunk = _BURST if all(kind.trusted for kind in kinds) else _CHUNK
 
     def narrow(self, first: int, end: int, inlet: Inlet, outlet: Outlet) -> None:
         """Cover fewer steps from now on. Not while a burst runs; while one is suspended, it has been closed before."""
@@ -164,7 +160,7 @@ class Lane:
                 lot = inlet.lot(1 if single else min(room, self._size))
                 taken = lot is not None
                 if lot is not None and not self._has_errors(lot):
-                    unusual = await self._burst(lot, self._timed if single else self._fast)
+                    unusual = await self._burst(lot, self._loops.timed if single else self._loops.fast)
                     if unusual is not None:
                         await self._flow.treat(unusual)
             self._resting = True
@@ -297,30 +293,30 @@ class Lane:
         runtime = self._runtime
         if not self._resting or not self._bursts or self._handed or self._careful or self._watched or self._flow.ended:
             return None
-        if self._untimed >= _SAMPLE or self._size == 1 or runtime.stop_flag or not self._prompt:
+        if self._untimed >= _SAMPLE or self._size == 1 or runtime.stop_flag or not self._loops.prompt:
             return None
         if runtime.burst is not None:
             runtime.burst.give_way()
-        lot = self.inlet.lot(self._reach if self._pulled else min(self.outlet.room(), self._size))
+        lot = self.inlet.lot(self._reach if self._loops.pulled else min(self.outlet.room(), self._size))
         if lot is None or self._has_errors(lot):
             return None
-        if self._pulled is None:
+        if self._loops.pulled is None:
             try:
-                self._context.run(self._burst(lot, self._fast).send, None)
+                self._context.run(self._burst(lot, self._loops.fast).send, None)
             except StopIteration as end:
                 self._handed = end.value
             return None
         self._account.lot, self._account.direct = lot, True
         self._gone = []
         self._pull_began = perf_counter()
-        self._running = self._pulled
-        self._coroutine = self._pulled.run(lot.items, runtime.stop_flag, self._gone, self._pull_failed, *self._calls)
+        self._running = self._loops.pulled
+        self._coroutine = self._loops.pulled.run(lot.items, runtime.stop_flag, self._gone, self._pull_failed, *self._calls)
         runtime.burst = self
         return self._coroutine
 
     def _pull_failed(self, error: BaseException) -> bool:
-        assert self._pulled is not None
-        place = self._pulled.failed_step(error)
+        assert self._loops.pulled is not None
+        place = self._loops.pulled.failed_step(error)
         if place is None:
             return True  # the consumer's, or its leaving
         at, value = place
