@@ -23,6 +23,8 @@ __all__ = ["SEQUENCES", "IteratorFeed", "SequenceFeed"]
 
 SEQUENCES: frozenset[type] = frozenset({list, tuple, range, str, bytes})
 """Exact types that can be read by position, and whose slices know how far they have been read."""
+_PART = 64
+"""Items looked up at once when they are taken one by one."""
 _EXACT_ITERATORS: frozenset[type] = frozenset(type(iter(example)) for example in (range(0), "", "ä", b""))
 """Iterators over what cannot change, nor hold an error: how far they got can be read off their `__length_hint__`."""
 
@@ -79,39 +81,55 @@ class SequenceFeed(_PromptInlet):
         super().__init__(up, down)
         self._origin = origin
         self._position = 0
+        """Where the next part begins."""
+        self._part: Iterator[Any] = iter(())
+        """Items that are taken one by one."""
         self._errors = type(origin) in (list, tuple)
         """Whether an `Err` may be among the items."""
 
     def pop(self) -> Any:
+        for item in self._part:
+            self._up.emitted += 1
+            self._down.received += 1
+            return item
         if self.ended:
             return EMPTY
-        position = self._position
-        try:
-            item = self._origin[position]
-        except IndexError:
-            self.ended = True
+        part = self._next_part(_PART)
+        if not part:
             return EMPTY
-        self._position = position + 1
-        self._up.emitted += 1
-        self._down.received += 1
-        return item
+        self._position += len(part)
+        self._part = iter(part)
+        return self.pop()
 
     def lot(self, limit: int) -> Lot | None:
         """Up to `limit` items for a synchronous loop; None at the end."""
         if self.ended:
             return None
-        part = self._origin[self._position : self._position + limit]
+        self._position -= length_hint(self._part)
+        self._part = iter(())
+        part = self._next_part(limit)
         if not part:
-            self.ended = True
             return None
         items = iter(part)
         return Lot(items, cast("Meter", items), len(part), part if self._errors else None)
+
+    def _next_part(self, limit: int) -> Any:
+        part = self._origin[self._position : self._position + limit]
+        if not part:
+            self.ended = True
+        return part
 
     def close_lot(self, lot: Lot) -> int:
         """Count what was taken, and say how many; the rest is still the sequence's."""
         taken, _ = self._close(lot)
         self._position += taken
         return taken
+
+    def stop(self) -> None:
+        self.ended = True
+        self._part = iter(())
+
+    abort = stop
 
 
 class IteratorFeed(_PromptInlet):

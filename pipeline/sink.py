@@ -23,8 +23,7 @@ class DiscardingSink:
     """Takes everything at once, and keeps only the count (and the `len()`s, when asked to tally)."""
 
     def __init__(self, *, tally: bool = False) -> None:
-        self.counters = Counters("output")
-        self.tallied = 0
+        self.tallied = self.discarded = 0
         self.closed = False
         self.keeps = tally
         self._tally = tally
@@ -41,14 +40,11 @@ class DiscardingSink:
 
     @property
     def delivered(self) -> int:
-        return self.counters.received
-
-    @property
-    def discarded(self) -> int:
-        return self.counters.discarded
+        """Whatever is emitted is taken."""
+        return self._up.emitted
 
     def lose(self, number: int) -> None:
-        self.counters.discarded += number
+        self.discarded += number
 
     @property
     def drained(self) -> bool:
@@ -59,23 +55,19 @@ class DiscardingSink:
 
     def put_nowait(self, item: Any) -> None:
         self._up.emitted += 1
-        self.counters.received += 1
         if self._tally:
             self.tallied += length_of(item)
 
     def offer(self, item: Any) -> bool:
         if self.closed:
             return False
-        if self.keeps:
-            self.put_nowait(item)
-        else:
-            self._up.emitted += 1
-            self.counters.received += 1
+        self._up.emitted += 1
+        if self._tally:
+            self.tallied += length_of(item)
         return True
 
     def put_count(self, number: int) -> None:
         self._up.emitted += number
-        self.counters.received += number
 
     def put_many(self, items: list[Any]) -> None:
         self.put_count(len(items))
@@ -112,6 +104,12 @@ class CollectingSink(DiscardingSink):
     def put_nowait(self, item: Any) -> None:
         super().put_nowait(item)
         self.items.append(item)
+
+    def offer(self, item: Any) -> bool:
+        if self.closed:
+            return False
+        self.put_nowait(item)
+        return True
 
     def put_many(self, items: list[Any]) -> None:
         super().put_many(items)

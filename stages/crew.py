@@ -7,7 +7,7 @@ The rule kept here: workers are started when there is work for one more, and reu
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from pipeline.channel import EMPTY
@@ -44,6 +44,7 @@ class CrewNode:
         """Of an ordered stage: an item has left the line."""
         if self._options.ordered and self._options.concurrency > 1:
             self._line = Line(self._desk, wires.inlet, wires.outlet, ordered=True, on_settled=self._room.set)
+            self._line.wanted = False
 
     async def run(self) -> None:
         line = self._line
@@ -70,26 +71,30 @@ class CrewNode:
 
     def _hire(self) -> None:
         number = len(self._workers)
-        self._workers.append(self._start(self._work(number), f"worker-{number}"))
+        handler = self._handlers[number % len(self._handlers)]
+        performer = LoopPerformer(handler, WorkerState(self._seat.name, number, self._wires.runtime))
+        bare = handler.setup is None and handler.teardown is None
+        work = self._worker(performer) if bare else self._work(performer)
+        self._workers.append(self._start(work, f"worker-{number}"))
 
     # --- one worker
 
-    async def _work(self, number: int) -> None:
-        handler = self._handlers[number % len(self._handlers)]
-        state = WorkerState(self._seat.name, number, self._wires.runtime)
-        performer = LoopPerformer(handler, state)
+    def _worker(self, performer: LoopPerformer) -> Coroutine[Any, Any, None]:
+        if self._line is not None:
+            return self._in_order(performer, self._line).run()
+        if performer.simple and len(self._handlers) == 1:
+            return self._lane(performer).run()
+        return self._take_items(performer)
+
+    async def _work(self, performer: LoopPerformer) -> None:
+        """A worker with its `setup` and `teardown`."""
         try:
             await performer.open()
         except Exception as error:
             self._desk.broke(error, "setup")
             return
         try:
-            if self._line is None and performer.simple and len(self._handlers) == 1:
-                await self._lane(performer).run()
-            elif self._line is None:
-                await self._take_items(performer)
-            else:
-                await self._in_order(performer, self._line).run()
+            await self._worker(performer)
         finally:
             try:
                 await performer.close()
@@ -110,7 +115,7 @@ class CrewNode:
             self._wires.runtime,
             self._suspended,
             rounds=self._rounds,
-            waits=len(self._workers) > 1,
+            waits=bool(self._crew),
         )
         lane.hire = self._hirer()
         self._crew.append(lane)

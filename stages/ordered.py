@@ -62,7 +62,9 @@ class OrderedWorker:
         while True:
             if line.outstanding >= limit or line.waiting >= capacity:
                 self._room.clear()
+                line.wanted = True
                 await self._room.wait()  # bounded by the stop, which cancels this task
+                line.wanted = False
                 continue
             item = pop()
             if item is EMPTY:
