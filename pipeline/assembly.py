@@ -61,8 +61,11 @@ class Sink(Outlet, Protocol):
         """So many outputs were stopped on their way here."""
         ...
 
-    def attract(self, node: Node) -> None:
-        """The node that the outputs come from: an iteration may ask it for more, see `Pullable`."""
+    def attract(self, node: Node, *, alone: bool) -> None:
+        """The node that the outputs come from: an iteration may ask it for more, see `Pullable`.
+
+        `alone`: it is all there is, and nothing in it ever waits for anything but room.
+        """
         ...
 
     def hand_over(self) -> None:
@@ -141,7 +144,8 @@ class Assembly:
                 inlet = following
         if not groups:
             self._place_bare(inlet)
-        self.sink.attract(self._placed[-1].node)
+        node = self._placed[-1].node
+        self.sink.attract(node, alone=len(groups) == 1 and not self._feed.inlet.stores and hasattr(node, "pull"))
 
     def _place_bare(self, inlet: Inlet) -> None:
         """A pipeline without stages: the source's items go to the sink as they are, past counters that nobody sees."""

@@ -46,6 +46,7 @@ class Channel:
     """
 
     keeps = True
+    stores = True
 
     __slots__ = ("_errors", "_getters", "_items", "_lent", "_loop", "_putters", "aborted", "capacity", "down", "finished", "reserved", "up")
 

@@ -32,6 +32,8 @@ _EXACT_ITERATORS: frozenset[type] = frozenset(type(iter(example)) for example in
 class _PromptInlet:
     """A feed that is its own inlet: no task, no queue, and never a wait."""
 
+    stores = False
+
     def __init__(self, up: Counters, down: Counters) -> None:
         self._up = up
         self._down = down

@@ -36,6 +36,9 @@ class StopToken(Protocol):
 class Inlet(Protocol):
     """The receiving end of an edge. `pop` returns `EMPTY` when nothing is there now."""
 
+    stores: bool
+    """Whether items may wait in it; if not, it never makes anybody wait either."""
+
     def pop(self) -> Any: ...
     def lot(self, limit: int) -> Lot | None: ...
     def count_lot(self, lot: Lot) -> None: ...

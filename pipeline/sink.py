@@ -32,7 +32,7 @@ class DiscardingSink:
         del runtime  # nothing here ever waits
         self._up = up
 
-    def attract(self, node: Node) -> None:
+    def attract(self, node: Node, *, alone: bool) -> None:
         """Nothing is ever asked for."""
 
     def lend(self, places: int) -> None:
@@ -141,7 +141,7 @@ class BufferSink:
         self.put_nowait, self.put_many = channel.put_nowait, channel.put_many
         self.lend = channel.lend
 
-    def attract(self, node: Node) -> None:
+    def attract(self, node: Node, *, alone: bool) -> None:
         if hasattr(node, "pull") and not self._tally:
             self._node = cast("Pullable", node)
 
