@@ -7,7 +7,7 @@ from time import perf_counter
 
 __all__ = ["Pacer", "RoundPacer", "Rounds"]
 
-_SLICE = 0.0008
+_SLICE = 0.001
 """Seconds of work between two returns to the loop."""
 _STRIDE = 64
 """Items between two looks at the clock, at most; fewer as soon as items turn out to be slow."""

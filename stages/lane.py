@@ -26,24 +26,10 @@ from workers.loop import is_being_cancelled
 from .account import Account
 from .burst import Burst, compile_loops
 from .control import SKIP, PlainTypes
-from .desk import LAG
 from .flow import FAILURES, Flow, Step, Unusual
+from .tempo import LONG, Tempo
 
 __all__ = ["Lane"]
-
-_BURST = 2048
-"""Items in one burst, at most."""
-_CHUNK = 128
-"""Items between two looks at the clock within a burst."""
-_SAMPLE = 4096
-"""Items between two that are timed step by step; slow ones are all timed."""
-_WATCHED = 2048
-"""Items timed one by one after a burst in which somebody held the loop."""
-_REACH = 1024
-"""Items in a lot that is pulled, at most."""
-_SHORT, _LONG = 0.0002, 0.0005
-"""Seconds: a burst that takes less may grow; one that takes more shrinks, and is cut short."""
-
 
 class Lane:
     """One worker over the steps `first` to `end` of a node."""
@@ -76,23 +62,17 @@ class Lane:
         self._left: list[bool] = []
         """Not empty: the burst under way was closed while it was suspended."""
         self._running: Burst | None = None
-        self._times: list[float] = []
         self._coroutine: Any = None
         """The loop that runs, and its coroutine when it has one."""
         self._hand: int | None = None
         self._armed = False
-        self._size = 1
-        self._untimed = 0
-        """Items since the last that was timed step by step."""
+        self._tempo = Tempo()
         self._careful = 0
         """So many of the next items go one by one: an error is among them."""
-        self._watched = 0
-        """So many of the next items are timed one by one: somebody has held the loop."""
         self._resting = False
         """At a place where somebody else may run a burst."""
         self._handed: Unusual | None = None
         """Left over from such a burst."""
-        self._reach = 64
         self._gone: list[bool] = []
         """Not empty: what was being pulled has been closed."""
         self._pull_began = 0.0
@@ -107,8 +87,7 @@ class Lane:
         self._loops = compile_loops(kinds, self.outlet.keeps)
         self._calls = [step.call for step in steps]
         self._account = Account([step.counters for step in steps], self.inlet, self.outlet)
-        # Steps that all only compute are quick by nature; others may turn slow within one item.
-        self._chunk = _BURST if all(kind.trusted for kind in kinds) else _CHUNK
+        self._tempo.trust(quick=all(kind.trusted for kind in kinds))
 
     def narrow(self, first: int, end: int, inlet: Inlet, outlet: Outlet) -> None:
         """Cover fewer steps from now on. Not while a burst runs; while one is suspended, it has been closed before."""
@@ -154,10 +133,10 @@ class Lane:
                     unusual = Unusual(self.first, item, None, None)
                     await self._flow.enter(item, self.first)
             else:
-                single = self._watched > 0 or self._untimed >= _SAMPLE or self._size == 1
+                single = self._tempo.single
                 if runtime.burst is not None:
                     runtime.burst.give_way()
-                lot = inlet.lot(1 if single else min(room, self._size))
+                lot = inlet.lot(1 if single else min(room, self._tempo.size))
                 taken = lot is not None
                 if lot is not None and not self._has_errors(lot):
                     unusual = await self._burst(lot, self._loops.timed if single else self._loops.fast)
@@ -184,7 +163,7 @@ class Lane:
 
     async def _burst(self, lot: Lot, loop: Burst) -> Unusual | None:
         """Run the written-out loop over a lot, then book it; what it could not finish is the caller's."""
-        runtime, account, chunk = self._runtime, self._account, self._chunk
+        runtime, account, chunk = self._runtime, self._account, self._tempo.chunk
         account.lot = lot
         self._running, self._coroutine = loop, None
         runtime.burst = self
@@ -201,7 +180,7 @@ class Lane:
                     self._plain.known,
                     SKIP,
                     account.skipped,
-                    self._note,
+                    self._tempo.note,
                     *self._calls,
                 )
                 if loop.awaits:
@@ -211,7 +190,7 @@ class Lane:
                 else:
                     stopped = run
                 lot.limit -= chunk
-                if stopped is not None or lot.limit <= 0 or runtime.stop_flag or perf_counter() - began > _LONG:
+                if stopped is not None or lot.limit <= 0 or runtime.stop_flag or perf_counter() - began > LONG:
                     break
         except BaseException as caught:
             place = loop.failed_step(caught)
@@ -222,49 +201,17 @@ class Lane:
         if account.lot is not lot:
             # It was suspended, and closed then; the lane may cover fewer steps by now.
             self._left.clear()
-            self._times.clear()
+            self._tempo.times.clear()
             at = 0
         else:
             at = stopped[0] if stopped else None
-            self._learn(self._close(at), perf_counter() - began, failed=error is not None)
+            self._tempo.learn(self._steps, self._close(at), perf_counter() - began, failed=error is not None)
         if stopped is None or at is None:
             return None
         _, value, result = stopped
         if error is None:
             self._plain.has(result)  # if it is, the next one of its type stays in the burst
         return Unusual(self.first + at, value, result, error)
-
-    def _note(self) -> None:
-        self._times.append(perf_counter())
-
-    def _learn(self, taken: int, seconds: float, *, failed: bool) -> None:
-        """Adapt the size of bursts to how long this one took, and note its sample."""
-        times = self._times
-        if times:
-            if failed:
-                times.append(perf_counter())
-            weight, self._untimed = max(self._untimed, 1), 0
-            self._watched = max(self._watched - 1, 0)
-            for step, began, ended in zip(self._steps, times, times[1:], strict=False):
-                step.clock(ended - began, weight)
-            times.clear()
-        else:
-            self._untimed += taken
-            if seconds > LAG:
-                self._lagged(seconds)
-        if seconds < _SHORT:
-            if taken >= self._size and self._size < _BURST:
-                self._size = min(self._size * 4, _BURST)
-        elif seconds > _LONG and self._size > 1:
-            self._size = max(1, int(taken * _SHORT / seconds))
-
-    def _lagged(self, seconds: float) -> None:
-        """Somebody held the loop in the middle of a burst; the next items are timed one by one and may tell who."""
-        self._watched = _WATCHED
-        if len(self._steps) == 1:
-            self._steps[0].desk.lagged(seconds)
-        else:
-            self._steps[-1].desk.lagged(seconds, among=[step.desk.name for step in self._steps])
 
     def book_midway(self) -> None:
         """Somebody asks for a snapshot: book the burst so far, with one item at work in the step where it is."""
@@ -291,13 +238,13 @@ class Lane:
     def pull(self) -> Iterator[Any] | None:
         """Outputs in the consumer's own time, see `Pullable`; or a burst, run here and now, into the outlet."""
         runtime = self._runtime
-        if not self._resting or not self._bursts or self._handed or self._careful or self._watched or self._flow.ended:
+        if not self._resting or not self._bursts or self._handed or self._careful or self._flow.ended:
             return None
-        if self._untimed >= _SAMPLE or self._size == 1 or runtime.stop_flag or not self._loops.prompt:
+        if self._tempo.single or runtime.stop_flag or not self._loops.prompt:
             return None
         if runtime.burst is not None:
             runtime.burst.give_way()
-        lot = self.inlet.lot(self._reach if self._loops.pulled else min(self.outlet.room(), self._size))
+        lot = self.inlet.lot(self._tempo.reach if self._loops.pulled else min(self.outlet.room(), self._tempo.size))
         if lot is None or self._has_errors(lot):
             return None
         if self._loops.pulled is None:
@@ -332,13 +279,9 @@ class Lane:
             self._end_pull(None)
 
     def _end_pull(self, at: int | None) -> None:
-        self._untimed += self._close(at)
+        taken = self._close(at)
         self._account.direct = False
-        seconds = perf_counter() - self._pull_began
-        if seconds < _SHORT:
-            self._reach = min(self._reach * 2, _REACH)
-        elif seconds > _LONG:
-            self._reach = max(self._reach // 4, 1)
+        self._tempo.learn_pulled(taken, perf_counter() - self._pull_began)
 
     # --- handlers that wait
 
@@ -374,7 +317,7 @@ class Lane:
         else:
             return
         self.waits = True
-        self._size = 1
+        self._tempo.restart()
         self._on_suspended(self, at)
 
     async def _item_by_item(self) -> bool:
