@@ -2,7 +2,7 @@
 
 The rule kept here: one method for everybody. A first run counts and sums all outputs. Then a run of a few items is
 timed, then a larger one, and the difference belongs to the difference of items; so the start of loops, threads and
-processes is left out for all in the same way. The size of the larger run follows from the participant's own speed.
+processes is left out for all in the same way (for processes the smaller run is half the larger one). The size of the larger run follows from the participant's own speed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from typing import Any
 from .model import Measures
 
 __all__ = ["Tally", "Timed", "WrongResult", "drained", "drained_sync", "iterated", "thorough"]
+
+
+TRIES = 4
+"""Sizes that are tried, each twice the one before, when the machine is too restless to tell a run from its start."""
 
 
 class WrongResult(Exception):
@@ -91,6 +95,9 @@ class Timed:
     repeats: int = 4
     step: int = 1
     """Sizes are multiples of it."""
+    steady: bool = False
+    """Take off the time of half as many items, not of a few: for workers that take a while to start, one after the
+    other. In a run of a few items the first is done before the last has begun, which is not what a start costs."""
 
     def check(self) -> None:
         global _looking
@@ -102,18 +109,19 @@ class Timed:
 
     def measure(self) -> Measures:
         self.check()
-        base = min(self._timed(self.base) for _ in range(2))
-        size = self._enough(base[0])
-        # The quickest repetition: whatever else the machine does can only make one slower. Medians come later, over
-        # the rounds.
-        wall, cpu = min(self._repeated(size))
-        extra = size - self.base
-        return {
-            "seconds": (wall - base[0]) / extra,
-            "cpu": (cpu - base[1]) / extra,
-            "items": float(size),
-            "fixed": base[0],
-        }
+        fixed = min(self._timed(self.base)[0] for _ in range(2))
+        size = self._enough(fixed)
+        for _ in range(TRIES):
+            base = self._rounded(size / 2) if self.steady else self.base
+            # The quickest repetition: whatever else the machine does can only make one slower. Medians come later,
+            # over the rounds.
+            wall, cpu = min(self._repeated(size))
+            base_wall, base_cpu = min(self._repeated(base)) if self.steady else min(self._timed(base) for _ in range(2))
+            if wall - base_wall > self.seconds / 8:
+                extra = size - base
+                return {"seconds": (wall - base_wall) / extra, "cpu": (cpu - base_cpu) / extra, "items": float(size), "fixed": fixed}
+            size *= 2
+        raise RuntimeError(f"the time of {size // 2} items could not be told from the time of a start")
 
     def _checked(self, size: int) -> None:
         self.run(size).verify(self.expected(size))
@@ -143,6 +151,7 @@ class Timed:
             size *= 4
             spent = self._timed(size)[0] - fixed
             if spent > self.seconds / 4:
-                break
-        wanted = max(self.base + int((size - self.base) * self.seconds / spent), self.base * 4)
-        return -(-wanted // self.step) * self.step
+                return self._rounded(max(self.base + (size - self.base) * self.seconds / spent, self.base * 4))
+
+    def _rounded(self, size: float) -> int:
+        return -(-int(size) // self.step) * self.step

@@ -218,7 +218,8 @@ def test_a_workload_may_have_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> No
 # --- one process
 
 
-def test_a_cell_that_hangs_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
+def test_a_cell_that_hangs_is_killed_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "LINGER", 0.0)
     note = tmp_path / "child"
     script = (
         "import subprocess, sys, time, pathlib\n"
@@ -308,6 +309,28 @@ class _Clock:
     def run(self, n: int) -> Tally:
         self._now += self._once + self._item * n
         return Tally(n)
+
+
+def test_workers_that_start_late_are_compared_with_half_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = _Clock(once=5.0, item=0.25)
+    monkeypatch.setattr(measure, "perf_counter", clock)
+    monkeypatch.setattr(measure, "process_time", clock)
+    sizes: list[int] = []
+
+    def run(n: int) -> Tally:
+        sizes.append(n)
+        return clock.run(n)
+
+    found = Timed(run=run, expected=Tally, base=4, seconds=10.0, repeats=1, step=4, steady=True).measure()
+    assert sizes[-2:] == [44, 24]
+    assert found["seconds"] == 0.25
+
+
+def test_a_time_that_cannot_be_told_from_chance_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 0.0, 0.0, 0.0, 0.0, 99.0])  # two small runs, and one that something has disturbed
+    monkeypatch.setattr(measure, "perf_counter", lambda: next(ticks, 0.0))
+    with pytest.raises(RuntimeError, match="could not be told from the time of a start"):
+        Timed(run=Tally, expected=Tally, repeats=1).measure()
 
 
 def test_wrong_outputs_are_a_failure_before_any_time_counts() -> None:
