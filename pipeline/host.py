@@ -27,8 +27,9 @@ _LOOK = 0.1
 class Host:
     """The thread that carries a run."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
         self._run = run
+        self._factory = factory
         self._over = threading.Event()
         self._thread = run.runtime.start_thread(self._main, name="loop", host=True)
 
@@ -45,7 +46,7 @@ class Host:
         self._thread.join(_TIDY)
 
     def _main(self) -> None:
-        loop = asyncio.new_event_loop()
+        loop = self._factory()
         try:
             asyncio.set_event_loop(loop)
             loop.run_until_complete(self._carry())
@@ -80,6 +81,6 @@ def _silence(task: asyncio.Task[Any]) -> None:
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def run_in_thread(run: Run) -> Host:
+def run_in_thread(run: Run, factory: Callable[[], asyncio.AbstractEventLoop]) -> Host:
     """Start a run on a new loop in a new thread."""
-    return Host(run)
+    return Host(run, factory)

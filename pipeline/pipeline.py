@@ -29,6 +29,7 @@ from .handle import CancelHandle
 from .host import run_in_thread
 from .interop import is_stream_operator, stream_stage
 from .lifecycle import Grace, PipelineState
+from .loops import loop_factory
 from .metrics import Counters, PipelineSnapshot, read_ledger
 from .pace import Pacer
 from .policy import ErrorPolicy
@@ -194,6 +195,9 @@ class Pipeline(Generic[T]):
     async def async_iter(self, max_buffer: int = 64) -> AsyncGenerator[T, None]:
         """Iterate over the outputs, at most `max_buffer` of which wait for the consumer.
 
+        Fused stages never leave anything in the buffers between them, so that room is used here, too: as many outputs
+        more may wait as those buffers would hold. Stages that only compute (operators on the item, no calls) run
+        when their output is asked for.
         Leaving early cancels the run with code "iter_closed". After a failure or a cancel, what was produced is
         delivered first, then `PipelineFailed` or `PipelineCancelled` is raised.
         """
@@ -228,17 +232,19 @@ class Pipeline(Generic[T]):
         if isinstance(result, Err):
             raise _stopped(result) from _cause(result)
 
-    def iter(self, max_buffer: int = 64) -> Generator[T, None, None]:
+    def iter(self, max_buffer: int = 64, *, uvloop: bool = False) -> Generator[T, None, None]:
         """Iterate from synchronous code: the pipeline runs on a loop of its own, in a thread of its own.
 
-        At most `max_buffer` outputs wait for the consumer. Leaving, failing and cancelling are as in `async_iter`.
+        `max_buffer`, leaving, failing and cancelling are as in `async_iter`. `uvloop=True` makes it a uvloop, and raises
+        `ImportError` when that is not installed.
         """
+        factory = loop_factory(uvloop=uvloop)
         sink = BridgeSink(_check_buffer(max_buffer), tally=self._tally)
         run = self._prepare(sink)
         if isinstance(run, Err):
             raise _stopped(run)
         runtime = run.runtime
-        host = run_in_thread(run)
+        host = run_in_thread(run, factory)
         try:
             yield from cast("Generator[T, None, None]", sink.take())
         except BaseException:

@@ -24,6 +24,7 @@ import multiprocess.forkserver
 import multiprocess.resource_tracker
 import psutil
 import pytest
+import uvloop
 
 from pipeline import Pipeline
 from stages import stage
@@ -44,7 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _keepers() -> None:
-    """Start the fork server and the resource tracker, which the interpreter keeps, so that no test seems to start them."""
+    """Start what the interpreter keeps, so that no test seems to: fork server, resource tracker, libuv's signal pipe."""
+    uvloop.new_event_loop().close()
     assert asyncio.run((Pipeline([-1]) >> stage(run_in="process")(abs)).collect()) == [1]
 
 
