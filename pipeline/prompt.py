@@ -66,6 +66,9 @@ class _PromptInlet:
     def release(self, reserved: int) -> None:
         pass
 
+    def lend(self, places: int) -> None:
+        pass
+
     def stop(self) -> None:
         self.ended = True
 

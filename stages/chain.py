@@ -30,7 +30,11 @@ class ChainNode:
         self._pieces = _pieces(self._steps)
         self._whole = Lane(self._steps, wires.inlet, wires.outlet, wires.runtime, self._suspended)
         if len(self._pieces) == 1:
-            wires.outlet.lend(sum(self._capacities[1 if wires.inlet.stores else 0 :]))
+            # What the edges inside could hold may wait at one of the ends instead: fewer hand-overs, the same bound.
+            if wires.outlet.keeps or not wires.inlet.stores:
+                wires.outlet.lend(sum(self._capacities[1 if wires.inlet.stores else 0 :]))
+            else:
+                wires.inlet.lend(sum(self._capacities[1:]))
         self._lanes: dict[asyncio.Task[None], Lane] = {}
         self._spread = False
 
