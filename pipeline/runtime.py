@@ -339,7 +339,7 @@ class PipelineRuntime:
         for request in fresh:
             if request.cut is not None:
                 self.assembly.cut(request.cut)
-        if self.burst is not None:
+        if self.burst is not None and not self.cancelled:
             self.burst.give_way()
         if self.level >= StopLevel.DRAIN:
             self.assembly.stop_source()

@@ -65,12 +65,19 @@ class ChainNode:
         self._start(self._whole)
         if any(step.many for step in self._steps):
             self._suspended(self._whole, 0)  # generators go by hand, where a wait would hold up everything
+        try:
+            await self._lanes_ended()
+        except asyncio.CancelledError:
+            await self._lanes_ended()  # cancelled like this task: no `teardown` before their handlers have cleaned up
+            raise
+
+    async def _lanes_ended(self) -> None:
         while waiting := [task for task in self._lanes if not task.done()]:
             await asyncio.wait(waiting)
 
     def abort(self) -> None:
         for lane in [self._whole, *self._lanes.values()]:
-            lane.give_way()
+            lane.give_way(quiet=True)
             if lane.inlet is not self._wires.inlet:
                 lane.inlet.abort()
 
@@ -78,7 +85,7 @@ class ChainNode:
         """Stop the stages with an index up to `upto`, at once; what they have passed on goes on."""
         for lane in self._lanes.values():
             if self._steps[lane.end - 1].index <= upto:
-                lane.give_way()
+                lane.give_way(quiet=True)
                 lane.inlet.abort()
                 lane.outlet.finish()
 

@@ -64,7 +64,7 @@ class CrewNode:
     def abort(self) -> None:
         for worker in self._crew:
             if isinstance(worker, Lane):
-                worker.give_way()
+                worker.give_way(quiet=True)
 
     def _start(self, coroutine: Any, name: str) -> asyncio.Task[None]:
         return self._wires.runtime.start_task(coroutine, name=f"{self._seat.name}:{name}", group=self._seat.index)

@@ -163,7 +163,7 @@ class Lane:
 
     async def _burst(self, lot: Lot, loop: Burst) -> Unusual | None:
         """Run the written-out loop over a lot, then book it; what it could not finish is the caller's."""
-        runtime, account, chunk = self._runtime, self._account, self._tempo.chunk
+        runtime, account, chunk, first = self._runtime, self._account, self._tempo.chunk, self.first
         account.lot = lot
         self._running, self._coroutine = loop, None
         runtime.burst = self
@@ -198,20 +198,19 @@ class Lane:
                 self._close(place[0] if place else None)
                 raise  # not a step's failure
             error, stopped = caught, (*place, None)
-        if account.lot is not lot:
+        if account.lot is lot:
+            taken = self._close(stopped[0] if stopped else None)
+            self._tempo.learn(self._steps, taken, perf_counter() - began, failed=error is not None)
+        else:
             # It was suspended, and closed then; the lane may cover fewer steps by now.
             self._left.clear()
             self._tempo.times.clear()
-            at = 0
-        else:
-            at = stopped[0] if stopped else None
-            self._tempo.learn(self._steps, self._close(at), perf_counter() - began, failed=error is not None)
-        if stopped is None or at is None:
+        if stopped is None:
             return None
-        _, value, result = stopped
+        at, value, result = stopped
         if error is None:
             self._plain.has(result)  # if it is, the next one of its type stays in the burst
-        return Unusual(self.first + at, value, result, error)
+        return Unusual(first + at, value, result, error)
 
     def book_midway(self) -> None:
         """Somebody asks for a snapshot: book the burst so far, with one item at work in the step where it is."""
@@ -301,8 +300,11 @@ class Lane:
         self._armed = False
         self.give_way()
 
-    def give_way(self) -> None:
-        """The handler at work has suspended, if one is: close its burst, so that nobody else is held up by it."""
+    def give_way(self, *, quiet: bool = False) -> None:
+        """The handler at work has suspended, if one is: close its burst, so that nobody else is held up by it.
+
+        `quiet`: the lane is being stopped, and nobody is to take its place.
+        """
         if self._account.direct:
             self._gone.append(True)
             self._end_pull(None)
@@ -316,9 +318,10 @@ class Lane:
             at = self._hand
         else:
             return
-        self.waits = True
-        self._tempo.restart()
-        self._on_suspended(self, at)
+        if not quiet:
+            self.waits = True
+            self._tempo.restart()
+            self._on_suspended(self, at)
 
     async def _item_by_item(self) -> bool:
         """Take items one at a time, until there is none (False), or it is time to look around (True)."""
