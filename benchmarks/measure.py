@@ -2,7 +2,7 @@
 
 The rule kept here: one method for everybody. A first run counts and sums all outputs. Then a run of a few items is
 timed, then a larger one, and the difference belongs to the difference of items; so the start of loops, threads and
-processes is left out for all in the same way (for processes the smaller run is half the larger one). The size of the larger run follows from the participant's own speed.
+processes is left out for all in the same way (for processes the smaller run is a quarter of the larger one). The size of the larger run follows from the participant's own speed.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Timed:
     step: int = 1
     """Sizes are multiples of it."""
     steady: bool = False
-    """Take off the time of half as many items, not of a few: for workers that take a while to start, one after the
+    """Take off the time of a quarter of the items, not of a few: for workers that take a while to start, one after the
     other. In a run of a few items the first is done before the last has begun, which is not what a start costs."""
 
     def check(self) -> None:
@@ -112,7 +112,7 @@ class Timed:
         fixed = min(self._timed(self.base)[0] for _ in range(2))
         size = self._enough(fixed)
         for _ in range(TRIES):
-            base = self._rounded(size / 2) if self.steady else self.base
+            base = self._rounded(size / 4) if self.steady else self.base
             # The quickest repetition: whatever else the machine does can only make one slower. Medians come later,
             # over the rounds.
             wall, cpu = min(self._repeated(size))

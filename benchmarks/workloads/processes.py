@@ -1,6 +1,6 @@
 """Two processes: functions that do nothing, functions that compute, and arrays in and out.
 
-The time of a run of half the size, which starts the processes too, is taken off. It is long enough for both to be at
+The time of a run of a quarter of the size, which starts the processes too, is taken off. It is long enough for both to be at
 work.
 """
 
@@ -176,7 +176,7 @@ _WAYS: dict[str, Way] = {
 
 def _cells(work: Work, expected: Callable[[int], Tally], base: int, without: tuple[str, ...] = ()) -> dict[str, Timed]:
     return {
-        name: Timed(run=partial(way, work), expected=expected, base=base, seconds=0.8, repeats=2, steady=True, step=WORKERS * work.chunk)
+        name: Timed(run=partial(way, work), expected=expected, base=base, seconds=1.2, repeats=2, steady=True, step=WORKERS * work.chunk)
         for name, way in _WAYS.items()
         if name not in without
     }
