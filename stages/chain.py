@@ -29,14 +29,19 @@ class ChainNode:
         self._capacities = [seat.stage.capacity for seat in seats]
         self._pieces = _pieces(self._steps)
         self._whole = Lane(self._steps, wires.inlet, wires.outlet, wires.runtime, self._suspended)
-        if len(self._pieces) == 1:
-            # What the edges inside could hold may wait at one of the ends instead: fewer hand-overs, the same bound.
-            if wires.outlet.keeps or not wires.inlet.stores:
-                wires.outlet.lend(sum(self._capacities[1 if wires.inlet.stores else 0 :]))
-            else:
-                wires.inlet.lend(sum(self._capacities[1:]))
+        self._lend()
         self._lanes: dict[asyncio.Task[None], Lane] = {}
         self._spread = False
+
+    def _lend(self) -> None:
+        """What the edges inside could hold may wait at one of the ends instead: fewer hand-overs, the same bound."""
+        inlet, outlet = self._wires.inlet, self._wires.outlet
+        if len(self._pieces) > 1:
+            return  # there may be edges yet
+        if not outlet.keeps and inlet.stores:
+            inlet.lend(sum(self._capacities[1:]))
+        elif all(step.sure for step in self._steps):  # of others, somebody might count how far ahead they were called
+            outlet.lend(sum(self._capacities[1 if inlet.stores else 0 :]))
 
     async def run(self) -> None:
         opened: list[Step] = []
