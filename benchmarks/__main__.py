@@ -19,6 +19,9 @@ from .report import Book, bars_table, markdown, peers_table
 from .runner import Outcome, Selection, cells_of, run_all
 from .workloads import WORKLOADS
 
+AGAIN = "measured again later"
+"""The heading that says which workloads are of another run than the rest."""
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -62,6 +65,8 @@ def _run(selection: Selection, *, complete: bool, merge: bool) -> None:
     elif merge:
         heading, before = _read()
         replaced = {workload.name for workload in chosen}
+        again = {name for name in heading.get(AGAIN, "").split(", ") if name} | replaced
+        heading[AGAIN] = ", ".join(sorted(again))
         _write(heading, [outcome for outcome in before if outcome.workload not in replaced] + outcomes)
 
 

@@ -117,7 +117,7 @@ def markdown(book: Book, heading: Mapping[str, str]) -> str:
     met = sum(verdict.met for verdict in verdicts)
     parts = [
         "# penstock and its peers",
-        "Ratios within one run; medians over the rounds. " + "; ".join(f"{name}: {value}" for name, value in heading.items()) + ".",
+        "Ratios of what ran side by side; medians over the rounds. " + "; ".join(f"{name}: {value}" for name, value in heading.items()) + ".",
         f"## The bars: {met} of {len(verdicts)} met",
         bars_table(verdicts),
         "## Everybody, with penstock as 1",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import measure, runner
-from benchmarks.__main__ import RESULTS
+from benchmarks.__main__ import AGAIN, RESULTS
 from benchmarks.cell import in_words
 from benchmarks.measure import Tally, Timed, WrongResult
 from benchmarks.model import BEST_PEER, OURS, UVLOOP, Bar, Form, Measures, Workload
@@ -369,4 +369,4 @@ def test_every_bar_refers_to_somebody_in_its_workload() -> None:
 def test_the_committed_results_name_no_machine() -> None:
     saved = (RESULTS / "results.json").read_text()
     assert not [word for word in ("/home", "/root", "/tmp", "/work", "/usr") if word in saved]
-    assert json.loads(saved)["run"].keys() == {"Python", "system", "cores", "rounds"}
+    assert json.loads(saved)["run"].keys() - {AGAIN} == {"Python", "system", "cores", "rounds"}
