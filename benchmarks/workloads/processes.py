@@ -174,9 +174,11 @@ _WAYS: dict[str, Way] = {
 }
 
 
-def _cells(work: Work, expected: Callable[[int], Tally], base: int, without: tuple[str, ...] = ()) -> dict[str, Timed]:
+def _cells(
+    work: Work, expected: Callable[[int], Tally], *, base: int, seconds: float, without: tuple[str, ...] = ()
+) -> dict[str, Timed]:
     return {
-        name: Timed(run=partial(way, work), expected=expected, base=base, seconds=1.2, repeats=2, steady=True, step=WORKERS * work.chunk)
+        name: Timed(run=partial(way, work), expected=expected, base=base, seconds=seconds, repeats=2, steady=True, step=WORKERS * work.chunk)
         for name, way in _WAYS.items()
         if name not in without
     }
@@ -190,21 +192,21 @@ WORKLOADS = [
     Workload(
         name="processes-trivial",
         title="two processes, trivial function",
-        cells=_cells(Work(inc, range, chunk=CHUNK, buffer=BUFFER), through_one, 200, ("bare, no IPC",)),
+        cells=_cells(Work(inc, range, chunk=CHUNK, buffer=BUFFER), through_one, base=200, seconds=0.8, without=("bare, no IPC",)),
         bars=(Bar(against="Pool.imap", required=1.5),),
         timeout=60.0,
     ),
     Workload(
         name="processes-200us",
         title="two processes, 200 µs of CPU an item",
-        cells=_cells(Work(spin_inc, range, chunk=CHUNK, buffer=BUFFER), through_one, 200),
+        cells=_cells(Work(spin_inc, range, chunk=CHUNK, buffer=BUFFER), through_one, base=200, seconds=1.2),
         bars=(Bar(against="Executor.map", required=0.95), Bar(against="bare, no IPC", required=0.85)),
         timeout=60.0,
     ),
     Workload(
         name="processes-1MB",
         title="two processes, 1 MB arrays in and out",
-        cells=_cells(Work(brighten, _arrays, chunk=1, buffer=4, arrays=True), _bright, 16, ("bare, no IPC",)),
+        cells=_cells(Work(brighten, _arrays, chunk=1, buffer=4, arrays=True), _bright, base=16, seconds=0.8, without=("bare, no IPC",)),
         bars=(Bar(against=BEST_PEER, required=5.0),),
         timeout=60.0,
     ),

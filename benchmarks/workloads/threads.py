@@ -103,7 +103,7 @@ def _run(way: Way, handler: Callable[[int], int], buffer: int, n: int) -> Tally:
 def _cells(handler: Callable[[int], int], buffer: int, seconds: float) -> dict[str, Timed]:
     # Multiples of the number of threads, and of the pool's bunches, so that nobody waits for a last one alone.
     return {
-        name: Timed(run=partial(_run, way, handler, buffer), expected=through_one, base=64, seconds=seconds, repeats=3, step=16)
+        name: Timed(run=partial(_run, way, handler, buffer), expected=through_one, base=64, seconds=seconds, repeats=2, step=16)
         for name, way in _WAYS.items()
     }
 
