@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.pace import Pacer
 from pipeline.protocols import Inlet, Outlet
 from pipeline.result import Err
 from workers.base import Outcome
@@ -33,6 +34,7 @@ class ParcelLine:
         self._on_settled = on_settled
         self._parcels: deque[Parcel] = deque()
         """In order: every parcel. Otherwise: those with news that `run` has to see to."""
+        self._pace = Pacer()
         self._bell: asyncio.Future[None] | None = None
         self._busy = False
         """`run` is in the middle of a parcel, and nothing may pass it."""
@@ -170,7 +172,8 @@ class ParcelLine:
 
     async def _advance(self, parcel: Parcel) -> None:
         """Settle what is finished in a parcel, item by item where it must be."""
-        outlet = self._outlet
+        outlet, pace = self._outlet, self._pace
+        pace.restart()
         while parcel.settled < parcel.done and not self._desk.stopped:
             at = parcel.settled
             ordinary = self._ordinary(parcel, at, min(at + max(outlet.room(), 1), parcel.done))
@@ -182,6 +185,8 @@ class ParcelLine:
             elif not await outlet.wait_room():
                 self._settled(parcel, parcel.done - at)  # nobody takes them any more: in flight, and so `cancelled`
             self._on_settled()
+            if pace.due():
+                await pace.rest()
 
     def _ordinary(self, parcel: Parcel, start: int, end: int) -> int:
         """How many results from `start` on are ordinary outputs, up to `end`."""

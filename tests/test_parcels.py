@@ -222,6 +222,19 @@ async def test_items_share_nothing_with_each_other_in_a_worker() -> None:
     assert outputs == [1] * 500
 
 
+async def test_other_tasks_run_while_parcels_full_of_failures_are_settled() -> None:
+    def fails(item: int) -> int:
+        raise ValueError(item)
+
+    pipeline = Pipeline(range(MANY)) >> stage(run_in="thread", buffer=HOLD_LIMIT)(fails)
+    run = asyncio.create_task(pipeline.run())
+    seen: set[int] = set()
+    while not run.done():
+        await asyncio.sleep(0)
+        seen.add(pipeline.snapshot().stages[0].failed)
+    assert len(seen) > 10  # they were settled in many turns of the loop
+
+
 # --- stopping in the middle
 
 

@@ -97,16 +97,19 @@ class Pace:
 
     def __init__(self) -> None:
         self.mean = 0.0
+        self.weight = 0.0
+        """Bytes in large buffers that an item brings and leaves."""
 
     @property
     def known(self) -> bool:
         return self.mean > 0
 
-    def add(self, seconds: float, items: int) -> None:
-        """So many items took so long together."""
+    def add(self, seconds: float, items: int, moved: int = 0) -> None:
+        """So many items took so long together, and so many bytes in large buffers were moved for them."""
         if seconds > 0 and items > 0:
             share = 1 - 0.8**items if self.mean else 1.0
             self.mean += (seconds / items - self.mean) * share
+            self.weight += (moved / items - self.weight) * share
 
     def items_in(self, seconds: float, limit: int) -> int:
         """How many items take so long: at least one, and only one until anything is known."""

@@ -25,7 +25,7 @@ from .pooled import HOLD_LIMIT, PARTIAL_LIMIT, Job, Order, Pace
 
 __all__ = ["ThreadExecutor"]
 
-_AHEAD = 0.001
+_AHEAD = 0.004
 """Seconds of work that a thread holds ahead, unless `buffer` says how many items."""
 _PARCEL = 0.0001
 """Seconds of work in one parcel: about what it costs to hand it over twice. Slower items go one by one."""
@@ -100,7 +100,7 @@ class ThreadExecutor:
             self.queue.put(None)
 
     def _ahead(self) -> int:
-        """Items that a thread may hold ahead: as `buffer` says, or about a millisecond's work; one, until items are known."""
+        """Items that a thread may hold ahead: as `buffer` says, or a few milliseconds' work; one, until items are known."""
         if not self._pace.known:
             return 1
         if self.order.buffer is not None:

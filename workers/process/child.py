@@ -38,7 +38,7 @@ from .wire import Frame, FrameReader, frame
 
 __all__ = ["main"]
 
-_FLUSH = 0.001
+_FLUSH = 0.002
 """Seconds after which finished results are sent before the next item begins; the last ones of a run are sent at once."""
 _STRIDE = 256
 """Items between two looks at the clock, at most; fewer as soon as items turn out to be slow."""

@@ -43,6 +43,8 @@ class Packer:
         self._back = back
         self._memory = memory
         """Where large buffers are copied to. Without it, they stay in their blocks until nothing refers to them."""
+        self.moved = 0
+        """Bytes that went to and came from the other side in blocks."""
 
     def box(self, value: Any, *, by_value: bool = False) -> Any:
         """Make a value ready for a frame; raises whatever its pickling raises.
@@ -55,7 +57,10 @@ class Packer:
             return value
         if kind is bytes:
             block = self.out.lend(memoryview(value)) if self.out is not None and len(value) >= LARGE else None
-            return value if block is None else (_BYTES, block)
+            if block is None:
+                return value
+            self.moved += len(value)
+            return (_BYTES, block)
         if not by_value:
             with contextlib.suppress(Exception):  # whatever the reason, dill has a say before the item fails
                 return self._pickled(value)
@@ -79,7 +84,10 @@ class Packer:
             for block in blocks:
                 out.give_back(block)
             raise
-        return (_SHARED, data, blocks) if blocks else (_PICKLE, data)
+        if not blocks:
+            return (_PICKLE, data)
+        self.moved += sum(length for _, _, length in blocks)
+        return (_SHARED, data, blocks)
 
     def open(self, boxed: Any) -> Any:
         """The value again; raises whatever its unpickling raises."""
@@ -100,6 +108,7 @@ class Packer:
     def _buffer(self, block: Block) -> memoryview:
         back = self._back
         assert back is not None
+        self.moved += block[2]
         if self._memory is None:
             return back.view(block)
         with back.read(block) as data:

@@ -35,8 +35,10 @@ from .wire import Frame
 
 __all__ = ["ProcessExecutor"]
 
-_TARGET = 0.002
+_TARGET = 0.005
 """Seconds of work in one parcel; a worker holds two, unless `buffer` says how many items."""
+_WEIGHT = 1 << 21
+"""Bytes in large buffers, brought and left by one parcel. More would not be in any cache when its turn comes."""
 _SLOW = 0.02
 """Seconds: items that take longer are handed over one by one. The way there and back, some 0.2 ms, is then within 1%,
 and no item waits behind another while a worker is free."""
@@ -122,8 +124,12 @@ class ProcessExecutor:
         if self._order.buffer is not None:
             self._hold = 1 + min(max(self._order.buffer, 1), HOLD_LIMIT if self._pace.known else 1)
         else:
-            self._hold = 1 if slow else min(2 * self._pace.items_in(_TARGET, HOLD_LIMIT), HOLD_LIMIT)
-        self._size = 1 if slow else self._pace.items_in(_TARGET, max(self._hold // 2, 1))
+            self._hold = 1 if slow else min(2 * self._in_parcel(HOLD_LIMIT), HOLD_LIMIT)
+        self._size = 1 if slow else self._in_parcel(max(self._hold // 2, 1))
+
+    def _in_parcel(self, limit: int) -> int:
+        weight = self._pace.weight
+        return self._pace.items_in(_TARGET, limit if weight <= 0 else min(limit, max(int(_WEIGHT / weight), 1)))
 
     # --- workers come
 
@@ -215,7 +221,7 @@ class ProcessExecutor:
         """More is finished of the parcel that a worker is at."""
         if not load.parcels:
             return
-        self._clocked(load, len(results), seconds)
+        self._clocked(link, load, len(results), seconds)
         start = 0
         if boxed:
             for at, result in enumerate(results):
@@ -242,10 +248,11 @@ class ProcessExecutor:
             self._given -= fresh
             self._order.news(parcel)
 
-    def _clocked(self, load: Load, items: int, seconds: float) -> None:
+    def _clocked(self, link: WorkerLink, load: Load, items: int, seconds: float) -> None:
         load.untimed += items
         if seconds:
-            self._pace.add(seconds, load.untimed)
+            self._pace.add(seconds, load.untimed, link.packer.moved)
+            link.packer.moved = 0
             self._adapt()
             if self._order.simple:
                 self._order.took(seconds / load.untimed, load.untimed)
