@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any, Protocol
 
@@ -160,9 +161,9 @@ class Assembly:
     def start(self) -> None:
         """Start every node's task, the last one first so that each finds its consumer waiting, and then the feed."""
         for placed in reversed(self._placed):
-            task = self.runtime.start_task(placed.node.run(), name=_label(placed.seats), group=placed.last)
-            placed.task = task
-            task.add_done_callback(lambda _, placed=placed: self._node_ended(placed))
+            placed.task = self.runtime.start_task(
+                placed.node.run(), name=_label(placed.seats), group=placed.last, on_end=partial(self._node_ended, placed)
+            )
         self._feed.start()
 
     @property
@@ -170,7 +171,7 @@ class Assembly:
         """Whether the feed and every node have ended."""
         return self._feed.done and all(placed.task is not None and placed.task.done() for placed in self._placed)
 
-    def _node_ended(self, placed: _Placed) -> None:
+    def _node_ended(self, placed: _Placed, _: asyncio.Task[Any]) -> None:
         # Also reached by a task that was cancelled before its first step, whose own `finally` never runs.
         placed.outlet.finish()
         if not placed.inlet.ended:

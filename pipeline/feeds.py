@@ -64,8 +64,7 @@ class WaitingFeed:
         return self._task is not None and self._task.done()
 
     def start(self) -> None:
-        self._task = self._runtime.start_task(self._run(), name="source", group=-1)
-        self._task.add_done_callback(lambda _: self._channel.finish())
+        self._task = self._runtime.start_task(self._run(), name="source", group=-1, on_end=lambda _: self._channel.finish())
 
     def stop(self) -> None:
         if self._stopping:

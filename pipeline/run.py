@@ -71,8 +71,9 @@ class Run:
         # Tasks and threads copy the context in which they are started: code deep inside a handler can ask for the reasons.
         token = push_reasons(lambda: runtime.reasons)
         try:
-            runtime.supervisor = self._supervisor = runtime.start_task(self._oversee(runtime.assembly), name="supervisor")
-            self._supervisor.add_done_callback(self._tell)  # also when it never came to run
+            runtime.supervisor = self._supervisor = runtime.start_task(
+                self._oversee(runtime.assembly), name="supervisor", on_end=self._tell
+            )
             runtime.assembly.start()
         finally:
             pop_reasons(token)

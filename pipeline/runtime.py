@@ -117,6 +117,7 @@ class PipelineRuntime:
         self._cancelled = False
         self._floor = StopLevel.NONE
         self._groups: dict[asyncio.Task[Any], int] = {}
+        self._task_ends: dict[asyncio.Task[Any], Callable[[asyncio.Task[Any]], None]] = {}
         self._process_ends: dict[ProcessLike, Callable[[], None] | None] = {}
         self.supervisor: asyncio.Task[Any] | None = None
         self._host: threading.Thread | None = None
@@ -197,19 +198,27 @@ class PipelineRuntime:
     # --- what it has started
 
     def start_task(
-        self, coroutine: Coroutine[Any, Any, T], *, name: str, group: int | None = None, supervised: bool = True
+        self,
+        coroutine: Coroutine[Any, Any, T],
+        *,
+        name: str,
+        group: int | None = None,
+        supervised: bool = True,
+        on_end: Callable[[asyncio.Task[Any]], None] | None = None,
     ) -> asyncio.Task[T]:
         """Start a task of this run. `group` is the index of the stage that it belongs to.
 
-        The failure of a `supervised` task fails the run; that of another is for whoever awaits it.
+        The failure of a `supervised` task fails the run; that of another is for whoever awaits it. `on_end` is called
+        when the task is done, also when it was cancelled before its first step: cheaper than a callback of its own.
         """
         assert self.loop is not None
         task = self.loop.create_task(coroutine, name=f"{self.name}/{name}")
         if group is not None:
             self._groups[task] = group
-        if supervised:
-            task.add_done_callback(self._check_failure)
-        self.register_task(task)
+        if on_end is not None:
+            self._task_ends[task] = on_end
+        self.tasks.add(task)
+        task.add_done_callback(self._supervised_ended if supervised else self._task_ended)
         return task
 
     def register_task(self, task: asyncio.Task[Any]) -> None:
@@ -280,12 +289,16 @@ class PipelineRuntime:
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
         self.tasks.discard(task)
         self._groups.pop(task, None)
+        on_end = self._task_ends.pop(task, None)
+        if on_end is not None:
+            on_end(task)
         self.pulse()
 
-    def _check_failure(self, task: asyncio.Task[Any]) -> None:
+    def _supervised_ended(self, task: asyncio.Task[Any]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None and self.ended is None:
             name = task.get_name()
             self.fail(Err.of(error, stage=name), origin=name, code="internal_error", level=StopLevel.ABORT)
+        self._task_ended(task)
 
     def _thread_main(self, target: Callable[[], None]) -> None:
         try:

@@ -131,9 +131,8 @@ class ChainNode:
     def _start(self, lane: Lane) -> None:
         group = self._steps[-1].index
         name = "+".join(step.desk.name for step in self._steps[lane.first : lane.end])
-        task = self._wires.runtime.start_task(lane.run(), name=f"{name}:lane", group=group)
+        task = self._wires.runtime.start_task(lane.run(), name=f"{name}:lane", group=group, on_end=self._lane_ended)
         self._lanes[task] = lane
-        task.add_done_callback(self._lane_ended)
 
     def _lane_ended(self, task: asyncio.Task[None]) -> None:
         lane = self._lanes[task]

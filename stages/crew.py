@@ -36,6 +36,8 @@ class CrewNode:
         self._handlers = seat.stage.handlers
         self._desk = Desk(seat, seat.stage.rule(seat.default_policy), wires, seat.index)
         self._workers: list[asyncio.Task[None]] = []
+        self._at_work = 0
+        self._all_gone: asyncio.Future[None] | None = None
         self._line: Line | None = None
         self._crew: list[Lane | OrderedWorker] = []
         assert wires.runtime.loop is not None
@@ -52,10 +54,9 @@ class CrewNode:
         eager = len(self._handlers) > 1 or self._options.setup is not None
         for _ in range(self._options.concurrency if eager else 1):
             self._hire()
-        done = 0
-        while done < len(self._workers):  # workers hire workers
-            await asyncio.wait(self._workers[done:])
-            done = sum(task.done() for task in self._workers)
+        while self._at_work:  # workers hire workers
+            self._all_gone = asyncio.get_running_loop().create_future()
+            await self._all_gone
         if line is not None and emitter is not None:
             line.close()
             await asyncio.wait((emitter,))
@@ -66,8 +67,14 @@ class CrewNode:
             if isinstance(worker, Lane):
                 worker.give_way(quiet=True)
 
-    def _start(self, coroutine: Any, name: str) -> asyncio.Task[None]:
-        return self._wires.runtime.start_task(coroutine, name=f"{self._seat.name}:{name}", group=self._seat.index)
+    def _start(self, coroutine: Any, name: str, on_end: Callable[[Any], None] | None = None) -> asyncio.Task[None]:
+        name = f"{self._seat.name}:{name}"
+        return self._wires.runtime.start_task(coroutine, name=name, group=self._seat.index, on_end=on_end)
+
+    def _worker_ended(self, _: asyncio.Task[None]) -> None:
+        self._at_work -= 1
+        if not self._at_work and self._all_gone is not None and not self._all_gone.done():
+            self._all_gone.set_result(None)
 
     def _hire(self) -> None:
         number = len(self._workers)
@@ -75,7 +82,8 @@ class CrewNode:
         performer = LoopPerformer(handler, WorkerState(self._seat.name, number, self._wires.runtime))
         bare = handler.setup is None and handler.teardown is None
         work = self._worker(performer) if bare else self._work(performer)
-        self._workers.append(self._start(work, f"worker-{number}"))
+        self._at_work += 1
+        self._workers.append(self._start(work, f"worker-{number}", self._worker_ended))
 
     # --- one worker
 
