@@ -296,33 +296,33 @@ def violations(ledger: Ledger | PipelineSnapshot, *, closed: bool) -> list[str]:
     `closed` also demands that nothing is in flight, queued or undelivered any more.
     """
     broken: list[str] = []
-
-    def law(holds: bool, text: str) -> None:
-        if not holds:
-            broken.append(text)
-
-    upstream_name, emitted = "source", ledger.pulled
+    upstream, emitted = "source", ledger.pulled
     for row in ledger.stages:
-        name = row.name
-        law(row.received == row.processed + row.cancelled + row.in_flight, f"{name}: received != processed + cancelled + in_flight")
-        law(row.processed == row.succeeded + row.failed + row.passed, f"{name}: processed != succeeded + failed + passed")
-        law(
-            row.failed == row.dropped + row.emitted_errors + row.sided + row.raised,
-            f"{name}: failed != dropped + emitted_errors + sided + raised",
-        )
-        law(emitted == row.received + row.queued + row.discarded, f"{upstream_name} -> {name}: emitted != received + queued + discarded")
-        law(row.in_flight >= 0, f"{name}: {row.in_flight} in flight")
-        law(row.queued >= 0, f"{name}: {row.queued} queued")
-        law(row.skipped <= row.succeeded, f"{name}: more skipped than succeeded")
-        law(row.lost + row.timed_out <= row.failed, f"{name}: more lost and timed out than failed")
-        if closed:
-            law(row.in_flight == 0, f"{name}: {row.in_flight} still in flight at the end")
-            law(row.queued == 0, f"{name}: {row.queued} still queued at the end")
-        upstream_name, emitted = name, row.emitted
-    law(
-        emitted == ledger.delivered + ledger.undelivered + ledger.discarded,
-        f"{upstream_name} -> output: emitted != delivered + undelivered + discarded",
-    )
-    if closed:
-        law(ledger.undelivered == 0, f"output: {ledger.undelivered} still undelivered at the end")
+        broken += _broken_laws(row, upstream, emitted, closed=closed)
+        upstream, emitted = row.name, row.emitted
+    if emitted != ledger.delivered + ledger.undelivered + ledger.discarded:
+        broken.append(f"{upstream} -> output: emitted != delivered + undelivered + discarded")
+    if closed and ledger.undelivered:
+        broken.append(f"output: {ledger.undelivered} still undelivered at the end")
     return broken
+
+
+def _broken_laws(row: StageMetrics, upstream: str, emitted: int, *, closed: bool) -> list[str]:
+    name = row.name
+    laws = (
+        (row.received == row.processed + row.cancelled + row.in_flight, "{name}: received != processed + cancelled + in_flight"),
+        (row.processed == row.succeeded + row.failed + row.passed, "{name}: processed != succeeded + failed + passed"),
+        (
+            row.failed == row.dropped + row.emitted_errors + row.sided + row.raised,
+            "{name}: failed != dropped + emitted_errors + sided + raised",
+        ),
+        (emitted == row.received + row.queued + row.discarded, "{upstream} -> {name}: emitted != received + queued + discarded"),
+        (row.in_flight >= 0, "{name}: {in_flight} in flight"),
+        (row.queued >= 0, "{name}: {queued} queued"),
+        (row.skipped <= row.succeeded, "{name}: more skipped than succeeded"),
+        (row.lost + row.timed_out <= row.failed, "{name}: more lost and timed out than failed"),
+        (not closed or row.in_flight == 0, "{name}: {in_flight} still in flight at the end"),
+        (not closed or row.queued == 0, "{name}: {queued} still queued at the end"),
+    )
+    values = {"name": name, "upstream": upstream, "in_flight": row.in_flight, "queued": row.queued}
+    return [text.format(**values) for holds, text in laws if not holds]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
-from copy import copy
 from dataclasses import replace
 from typing import Any, Generic, TypeVar, cast, overload
 
@@ -156,7 +155,8 @@ class Pipeline(Generic[T]):
             )
 
     def _copy(self) -> Pipeline[T]:
-        twin: Pipeline[T] = copy(self)
+        twin: Pipeline[T] = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
         twin._runtime = None
         twin._carriers = set()
         twin._cancelled = ()
