@@ -25,6 +25,9 @@ __all__ = ["Handler", "HandlerKind", "Outcome", "WorkerHandler", "WorkerState", 
 
 T = TypeVar("T")
 
+_MARGIN = 0.25
+"""Seconds beyond its timeout that a coroutine gets to end by itself before its thread is given up, or its process killed."""
+
 
 class WorkerHandler(Protocol):
     """A handler that keeps something between items: it takes the item and the worker's state."""
@@ -110,6 +113,12 @@ class Handler:
     def simple(self) -> bool:
         """One call, one value: no second attempt, no clock, no outputs one by one."""
         return self.retry.attempts == 1 and self.timeout is None and not self.kind.many
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which an attempt is ended from outside. A coroutine may end by itself before that, at its timeout."""
+        asynchronous = self.kind in (HandlerKind.COROUTINE, HandlerKind.ASYNC_GENERATOR)
+        return (self.timeout or 0.0) + (_MARGIN if asynchronous else 0.0)
 
     def call(self, item: Any, state: WorkerState) -> Any:
         """Call the function; what it returns depends on its kind."""

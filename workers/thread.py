@@ -214,7 +214,7 @@ class ThreadExecutor:
         now = monotonic()
         for worker in list(self._workers):
             job, began = worker.job, worker.began
-            if job is not None and began and now - began > timeout:
+            if job is not None and began and now - began > self.order.handlers[0].patience:
                 self._give_up(worker, job, timeout)
         if self._given and not self._closing:
             self._watch_clock()
@@ -222,14 +222,18 @@ class ThreadExecutor:
     def _give_up(self, worker: _Worker, job: Job, timeout: float) -> None:
         """A thread overruns: leave it behind, try its item again or fail it, and hire another."""
         parcel = worker.parcel
-        if parcel is None or parcel.done >= len(parcel.items):
+        if parcel is None:
+            return
+        rest = parcel.take_unbegun()  # first: now nothing else can begin there
+        stuck = parcel.split(parcel.done) if worker.job is job else None
+        if rest is not None:
+            self._put(rest)
+        if stuck is None or not stuck.items:
             return  # it has just come to its end
         worker.given_up = True
-        rest = parcel.take_unbegun()
         worker.interrupt()
         self._workers.discard(worker)
         self._out -= 1
-        stuck = parcel.split(parcel.done)
         self._tell(parcel)
         error = TimeoutError(f"the attempt took more than {timeout:g} s; its thread cannot be stopped and was left behind")
         attempt = worker.state.attempt
@@ -241,8 +245,6 @@ class ThreadExecutor:
             job.retried += attempt - job.attempt + 1
             job.attempt = attempt + 1
             asyncio.get_running_loop().call_later(delay, self._put, stuck)
-        if rest is not None:
-            self._put(rest)
         self._hire()
         self.order.ready()
 

@@ -1,4 +1,4 @@
-"""What is said of worker processes that end when they should not, and when one has had time enough.
+"""What is said of worker processes that end when they should not.
 
 The rule kept here: an error says what happened, in which stage, and what to try next.
 """
@@ -7,19 +7,9 @@ from __future__ import annotations
 
 from pipeline.errors import WorkerLostError
 
-from ..base import Handler, HandlerKind
+from ..base import Handler
 
-__all__ = ["hopeless", "limit", "lost", "not_started", "overran"]
-
-_MARGIN = 0.25
-"""Seconds beyond its timeout that a coroutine gets to end by itself before its process is killed."""
-
-
-def limit(handler: Handler) -> float:
-    """Seconds after which the process is killed. A coroutine is ended by a timer in the worker, if it lets itself be."""
-    timeout = handler.timeout or 0.0
-    asynchronous = handler.kind in (HandlerKind.COROUTINE, HandlerKind.ASYNC_GENERATOR)
-    return timeout + _MARGIN if asynchronous else timeout
+__all__ = ["hopeless", "lost", "not_started", "overran"]
 
 
 def overran(handler: Handler) -> TimeoutError:

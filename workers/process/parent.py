@@ -399,7 +399,7 @@ class ProcessExecutor:
         now = monotonic_ns()
         for link, load in self._loads.items():
             began = link.words[SharedWords.BEGAN]
-            overran = began and now - began > faults.limit(load.handler) * 1e9
+            overran = began and now - began > load.handler.patience * 1e9
             if overran and not load.doomed and link.words[SharedWords.ITEM] and load.parcels:
                 load.doomed = True
                 link.kill()
