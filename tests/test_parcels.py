@@ -15,6 +15,7 @@ from helpers import LIMIT, Flag, Journal, assert_balanced
 
 from pipeline import Err, ErrorPolicy, Grace, Pipeline, RunReport
 from stages import SKIP, KillSwitch, stage
+from workers.bell import Bell
 from workers.parcel import Parcel
 from workers.pooled import HOLD_LIMIT, Pace
 
@@ -393,6 +394,37 @@ async def test_a_worker_killed_while_others_wait_for_its_parcel_gives_them_the_r
     os.kill(int(journal.lines()[0]), signal.SIGKILL)
     assert await run == [item for item in range(MANY) if item != 2000]
     assert pipeline.snapshot().stages[0].lost == 1
+
+
+# --- the bell
+
+
+@pytest.mark.parametrize("events", [True, False], ids=["event descriptor", "pipe"])
+async def test_a_bell_that_is_rung_often_is_heard_once_and_then_again(events: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not events:
+        monkeypatch.delattr(os, "eventfd")
+    heard = 0
+    listening = asyncio.Event()
+
+    def listen() -> None:
+        nonlocal heard
+        heard += 1
+        listening.set()
+
+    bell = Bell(listen)
+    for turn in range(1, 4):
+        thread = threading.Thread(target=lambda: [bell.ring() for _ in range(100)])
+        thread.start()
+        thread.join()
+        await asyncio.wait_for(listening.wait(), LIMIT)
+        listening.clear()
+        await asyncio.sleep(0)
+        assert heard == turn
+    bell.close()
+    bell.close()
+    bell.ring()
+    await asyncio.sleep(0)
+    assert heard == 3
 
 
 # --- the parcel itself

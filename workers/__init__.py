@@ -4,7 +4,11 @@
 - `retry`: when to try again
 - `performer`: calls a handler on a thread that may block
 - `loop`: calls a handler in the run's own loop
+- `placement`: loop, threads or processes, checked when a stage is declared
+- `pooled`: what a stage and a pool of workers say to each other
+- `parcel`: many items handed over at once
 - `thread`: a pool of threads
+- `bell`: wakes the loop from a thread
 - `process`: a pool of processes
 """
 

@@ -19,6 +19,7 @@ from pipeline.cancellation.reason import CancelReason
 from pipeline.runtime import PipelineRuntime
 
 from .base import Outcome, WorkerState
+from .bell import Bell
 from .parcel import Parcel
 from .performer import Performer, WorkerStopped
 from .pooled import HOLD_LIMIT, PARTIAL_LIMIT, Job, Order, Pace
@@ -50,7 +51,7 @@ class ThreadExecutor:
         self.capacity = self._size = 1
         self._adapt()
         self._back: deque[tuple[_Worker, Parcel]] = deque()
-        self._woken = False
+        self._bell: Bell | None = None
         self._closing = False
         self._aborted = False
         self._all_gone: asyncio.Future[None] | None = None
@@ -61,6 +62,8 @@ class ThreadExecutor:
 
     def start(self) -> None:
         """Threads start when there is work for one more; all at once when they have a `setup`."""
+        self._bell = Bell(self._collect)
+        self.order.runtime.at_end.append(self._bell.close)
         if self.order.handlers[0].setup is not None or len(self.order.handlers) > 1:
             for _ in range(self.order.concurrency):
                 self._hire()
@@ -129,12 +132,10 @@ class ThreadExecutor:
     def came_back(self, worker: _Worker, parcel: Parcel) -> None:
         """From a worker's thread: nothing is left to do in a parcel."""
         self._back.append((worker, parcel))
-        if not self._woken:
-            self._woken = True
-            self.order.runtime.call_soon_threadsafe(self._collect)
+        if self._bell is not None:
+            self._bell.ring()
 
     def _collect(self) -> None:
-        self._woken = False  # before looking: what is appended from now on rings again
         back = self._back
         while back:
             worker, parcel = back.popleft()
