@@ -177,7 +177,7 @@ class Channel:
         else:
             batch = [items.popleft() for _ in range(limit)]
         iterator = iter(batch)
-        return Lot(iterator, cast("Meter", iterator), len(batch), batch if self._errors else None)
+        return Lot(iterator, cast("Meter", iterator), len(batch), batch, errors=self._errors)
 
     def count_lot(self, lot: Lot) -> None:
         """Count what was taken since the last look."""

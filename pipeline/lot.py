@@ -20,14 +20,18 @@ class Meter(Protocol):
 class Lot:
     """Items to iterate over. What is not iterated stays where it came from; the inlet's `close_lot` sees to that."""
 
-    __slots__ = ("_counted", "_meter", "_start", "batch", "items", "limit")
+    __slots__ = ("_counted", "_meter", "_start", "batch", "errors", "items", "limit")
 
-    def __init__(self, items: Iterator[Any], meter: Meter, limit: int, batch: Collection[Any] | None = None) -> None:
+    def __init__(
+        self, items: Iterator[Any], meter: Meter, limit: int, batch: Collection[Any] | None = None, *, errors: bool = False
+    ) -> None:
         self.items = items
         self.limit = limit
         """How many items there are, at most; the loop takes off what it has asked for."""
         self.batch = batch
-        """The items as a collection; None when there cannot be an error among them."""
+        """The items as a collection; None when they are known to be plain numbers or texts."""
+        self.errors = errors
+        """Whether an `Err` may be among them."""
         self._meter = meter
         self._start = meter.__length_hint__()
         self._counted = 0

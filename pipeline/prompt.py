@@ -116,7 +116,7 @@ class SequenceFeed(_PromptInlet):
         if not part:
             return None
         items = iter(part)
-        return Lot(items, cast("Meter", items), len(part), part if self._errors else None)
+        return Lot(items, cast("Meter", items), len(part), part if self._errors else None, errors=self._errors)
 
     def _next_part(self, limit: int) -> Any:
         part = self._origin[self._position : self._position + limit]
@@ -182,7 +182,7 @@ class IteratorFeed(_PromptInlet):
             self._failed(error)
         self.ended = not ahead
         iterator = iter(ahead)
-        return Lot(iterator, cast("Meter", iterator), len(ahead), ahead) if ahead else None
+        return Lot(iterator, cast("Meter", iterator), len(ahead), ahead, errors=True) if ahead else None
 
     def close_lot(self, lot: Lot) -> int:
         """Count what was taken, and say how many; the rest is still the iterator's."""

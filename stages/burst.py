@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-__all__ = ["Burst", "Loops", "StepKind", "compile_loops", "only_computes"]
+__all__ = ["SIMPLE", "Burst", "Loops", "StepKind", "compile_loops", "only_computes"]
 
 _FILE = "<fused stages>"
 
@@ -45,9 +45,28 @@ class StepKind(NamedTuple):
     """It is a coroutine function."""
 
 
+SIMPLE: frozenset[type] = frozenset({int, float, bool, str, bytes, complex, type(None)})
+"""Types whose operators compute, and do nothing else."""
+
+
 def only_computes(function: Any) -> bool:
-    """Whether the function's code does nothing but operators on its one argument, on constants and on variables."""
-    return isinstance(function, types.FunctionType) and _only_computes(function.__code__)
+    """Whether the function does nothing but operators on its one argument, on constants and on variables.
+
+    With an argument of a `SIMPLE` type, it then neither waits nor returns anything but an output.
+    """
+    if not isinstance(function, types.FunctionType) or not _only_computes(function.__code__):
+        return False
+    code = function.__code__
+    variables = [function.__globals__.get(name, function) for name in code.co_names]
+    variables += [_contents(cell) for cell in function.__closure__ or ()]
+    return SIMPLE.issuperset(map(type, variables))
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not bound yet
+        return cell
 
 
 @lru_cache(1024)
@@ -130,6 +149,8 @@ class Loops(NamedTuple):
     """A generator; only for steps that all compute."""
     prompt: bool
     """Whether no step ever suspends."""
+    wary: Burst
+    """For items that are not `SIMPLE`: every result is looked at."""
 
 
 @cache
@@ -137,7 +158,15 @@ def compile_loops(kinds: tuple[StepKind, ...], emits: bool) -> Loops:
     """The loops for such a row of steps; `emits` says whether somebody wants the outputs."""
     plain = all(kind.trusted and not kind.awaited for kind in kinds)
     prompt = all(kind.trusted or not kind.awaited for kind in kinds)
-    return Loops(_compile(kinds, emits, False), _compile(kinds, emits, True), _compile_pull(len(kinds)) if plain else None, prompt)
+    fast = _compile(kinds, emits, False)
+    wary = tuple(StepKind(False, kind.awaited) for kind in kinds)
+    return Loops(
+        fast=fast,
+        timed=_compile(wary, emits, True),
+        pulled=_compile_pull(len(kinds)) if plain else None,
+        prompt=prompt,
+        wary=fast if wary == kinds else _compile(wary, emits, False),
+    )
 
 
 def _compile(kinds: tuple[StepKind, ...], emits: bool, timed: bool) -> Burst:

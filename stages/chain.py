@@ -55,13 +55,21 @@ class ChainNode:
                 opened.append(step)
             await self._run_lanes()
         finally:
-            for step in reversed(opened):
-                try:
-                    await step.performer.close()
-                except Exception as error:
-                    step.desk.broke(error, "teardown")
+            await self._close(opened)
         for step in self._steps:
             step.desk.close()
+
+    async def _close(self, opened: Sequence[Step]) -> None:
+        interrupted: asyncio.CancelledError | None = None
+        for step in reversed(opened):
+            try:
+                await step.performer.close()
+            except asyncio.CancelledError as error:
+                interrupted = error  # the others are closed all the same
+            except Exception as error:
+                step.desk.broke(error, "teardown")
+        if interrupted is not None:
+            raise interrupted
 
     async def _run_lanes(self) -> None:
         if len(self._pieces) == 1:
@@ -124,6 +132,7 @@ class ChainNode:
             else:
                 other = Lane(self._steps, inlet, outlet, wires.runtime, self._suspended)
                 other.narrow(start, end, inlet, outlet)
+                other.take_over(lane)
                 self._start(other)
         for task, placed in self._lanes.items():
             wires.runtime.regroup(task, self._steps[placed.end - 1].index)

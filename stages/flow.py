@@ -80,10 +80,18 @@ class Flow:
         self._steps = steps
         self.outlet = outlet
         self.end = len(steps)
-        """Where the lane ends: it may become shorter while an item is on its way."""
-        self.ended = False
-        """A step has emitted its `Last`."""
+        """Where the lane ends, and begins: it may become shorter while an item is on its way."""
+        self.first = 0
+        self.ended_at = -1
+        """The step that has emitted its `Last`."""
+        self._next: list[tuple[Any, int]] = []
+        """An output on its way into the next step."""
         self._waits = waits
+
+    @property
+    def ended(self) -> bool:
+        """Whether a step of this lane has emitted its `Last`."""
+        return self.ended_at >= self.first
 
     async def treat(self, unusual: Unusual) -> None:
         """Finish one item that has left the fast path."""
@@ -94,6 +102,7 @@ class Flow:
         desk, emit = self._steps[at].desk, self._emitter(at)
         if unusual.error is not None:
             await desk.failed(Err.of(unusual.error, item=item, stage=desk.name), emit)
+            await self._carry_on()
             return
         if is_pending(result):
             began = perf_counter()
@@ -104,21 +113,24 @@ class Flow:
                 if is_being_cancelled(error):
                     raise
                 await desk.failed(Err.of(error, item=item, stage=desk.name), self._emitter(at))
+                await self._carry_on()
                 return
             finally:
                 self._waits(None)
                 desk.counters.latency.add(perf_counter() - began)
             emit = self._emitter(at)  # the lane may have become shorter in the meantime
         if isinstance(result, Last):
-            self.ended = True
+            self.ended_at = at
             result = result.value
         await desk.settle(item, result, 1, emit)
+        await self._carry_on()
 
-    async def enter(self, value: Any, at: int) -> bool:
-        """Take one item, already received by the step at `at`, from there on; False when nobody takes outputs any more."""
+    async def enter(self, value: Any, at: int) -> None:
+        """Take one item, already received by the step at `at`, from there on."""
         step = self._steps[at]
         if isinstance(value, Err):
             await step.desk.pass_on(value, self._emitter(at))
+            await self._carry_on()
         elif step.many:
             await self._enter_many(value, step, at)
         else:
@@ -130,7 +142,16 @@ class Flow:
             if not is_pending(result):
                 step.clock(perf_counter() - began)
             await self.treat(Unusual(at, value, result, error))
-        return not self.outlet.closed and not any(other.desk.stopped for other in self._steps[at : self.end])
+
+    async def _carry_on(self) -> None:
+        """Take what has left a step, and is booked there, through the next."""
+        while self._next:
+            value, at = self._next.pop()
+            await self.enter(value, at)
+
+    def _is_stopped(self, at: int) -> bool:
+        """Whether nobody takes outputs of the step at `at` any more."""
+        return self.outlet.closed or any(step.desk.stopped for step in self._steps[at + 1 : self.end])
 
     async def _enter_many(self, value: Any, step: Step, at: int) -> None:
         """One item, any number of outputs, each going all the way before the next is made."""
@@ -155,11 +176,13 @@ class Flow:
                     failure = desk.complete(output, value, 1)
                     break
                 if isinstance(output, Last):
-                    self.ended = True
+                    self.ended_at = at
                     output = output.value
-                if not await emit(output):
+                sent = await emit(output)
+                await self._carry_on()
+                if not sent or self._is_stopped(at):
                     return  # nobody takes it any more: the item is in flight, and becomes `cancelled`
-                if self.ended:
+                if self.ended_at >= at:
                     break
                 if pace.due():
                     await pace.rest()
@@ -172,6 +195,7 @@ class Flow:
         step.clock(seconds)
         if failure is not None:
             await desk.failed(failure, emit)
+            await self._carry_on()
         else:
             desk.counters.succeeded += 1
 
@@ -184,6 +208,7 @@ class Flow:
         async def into_next(output: Any) -> bool:
             up.emitted += 1
             down.received += 1
-            return await self.enter(output, at + 1)
+            self._next.append((output, at + 1))
+            return True
 
         return into_next

@@ -24,10 +24,10 @@ from workers.base import is_pending
 from workers.loop import is_being_cancelled
 
 from .account import Account
-from .burst import Burst, compile_loops
+from .burst import SIMPLE, Burst, compile_loops
 from .control import SKIP, PlainTypes
 from .flow import FAILURES, Flow, Step, Unusual
-from .tempo import LONG, Tempo
+from .tempo import CHUNK, LONG, Tempo
 
 __all__ = ["Lane"]
 
@@ -80,14 +80,13 @@ class Lane:
 
     def _cover(self, first: int, end: int) -> None:
         self.first, self.end = first, end
-        self._flow.end = end
+        self._flow.first, self._flow.end = first, end
         self._steps = steps = self._nodes_steps[first:end]
         kinds = tuple(step.kind for step in steps)
         self._bursts = not any(step.many for step in steps)
         self._loops = compile_loops(kinds, self.outlet.keeps)
         self._calls = [step.call for step in steps]
         self._account = Account([step.counters for step in steps], self.inlet, self.outlet)
-        self._tempo.trust(quick=all(kind.trusted for kind in kinds))
 
     def narrow(self, first: int, end: int, inlet: Inlet, outlet: Outlet) -> None:
         """Cover fewer steps from now on. Not while a burst runs; while one is suspended, it has been closed before."""
@@ -97,10 +96,9 @@ class Lane:
         for step in self._steps:
             step.desk.inlet = inlet
 
-    @property
-    def ended(self) -> bool:
-        """Whether a step has emitted its `Last`."""
-        return self._flow.ended
+    def take_over(self, other: Lane) -> None:
+        """Begin where another lane has been: if a step has ended the stream there, it has ended it here."""
+        self._flow.ended_at = other._flow.ended_at
 
     # --- the loop
 
@@ -139,7 +137,7 @@ class Lane:
                 lot = inlet.lot(1 if single else min(room, self._tempo.size))
                 taken = lot is not None
                 if lot is not None and not self._has_errors(lot):
-                    unusual = await self._burst(lot, self._loops.timed if single else self._loops.fast)
+                    unusual = await self._burst(lot, self._loops.timed if single else self._loop_for(lot))
                     if unusual is not None:
                         await self._flow.treat(unusual)
             self._resting = True
@@ -153,17 +151,24 @@ class Lane:
 
     def _has_errors(self, lot: Lot) -> bool:
         """Whether errors pass by in a lot; if so, all of it goes one by one."""
-        if lot.batch is None or Err not in map(type, lot.batch):
+        if not lot.errors or lot.batch is None or Err not in map(type, lot.batch):
             return False
         self._careful = len(lot.batch)
         self.inlet.close_lot(lot)
         return True
 
+    def _loop_for(self, lot: Lot) -> Burst:
+        loops = self._loops
+        if loops.wary is loops.fast or lot.batch is None or SIMPLE.issuperset(map(type, lot.batch)):
+            return loops.fast
+        return loops.wary
+
     # --- many items, booked as one
 
     async def _burst(self, lot: Lot, loop: Burst) -> Unusual | None:
         """Run the written-out loop over a lot, then book it; what it could not finish is the caller's."""
-        runtime, account, chunk, first = self._runtime, self._account, self._tempo.chunk, self.first
+        runtime, account, first = self._runtime, self._account, self.first
+        chunk = CHUNK if loop is self._loops.wary else lot.limit  # what only computes is quick by nature
         account.lot = lot
         self._running, self._coroutine = loop, None
         runtime.burst = self
@@ -192,7 +197,8 @@ class Lane:
                 lot.limit -= chunk
                 if stopped is not None or lot.limit <= 0 or runtime.stop_flag or perf_counter() - began > LONG:
                     break
-        except BaseException as caught:
+        except BaseException as error_or_stop:
+            caught = _as_raised(error_or_stop)
             place = loop.failed_step(caught)
             if place is None or not isinstance(caught, FAILURES) or (loop.awaits and is_being_cancelled(caught)):
                 self._close(place[0] if place else None)
@@ -246,9 +252,10 @@ class Lane:
         lot = self.inlet.lot(self._tempo.reach if self._loops.pulled else min(self.outlet.room(), self._tempo.size))
         if lot is None or self._has_errors(lot):
             return None
-        if self._loops.pulled is None:
+        loop = self._loop_for(lot)
+        if self._loops.pulled is None or loop is not self._loops.fast:
             try:
-                self._context.run(self._burst(lot, self._loops.fast).send, None)
+                self._context.run(self._burst(lot, loop).send, None)
             except StopIteration as end:
                 self._handed = end.value
             return None
@@ -377,3 +384,11 @@ class Lane:
             step.counters.latency.add(seconds, weight)
         else:
             step.clock(seconds, weight)
+
+
+def _as_raised(error: BaseException) -> BaseException:
+    """A step's `StopIteration`, which Python has turned into a `RuntimeError` at the edge of the loop's coroutine."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, (StopIteration, StopAsyncIteration)):
+        if error.__traceback__ is None or error.__traceback__.tb_next is None:  # nothing further in has raised it
+            return error.__cause__
+    return error

@@ -12,11 +12,11 @@ from time import perf_counter
 from .desk import LAG
 from .flow import Step
 
-__all__ = ["LONG", "Tempo"]
+__all__ = ["CHUNK", "LONG", "Tempo"]
 
 _BURST = 2048
 """Items in one burst, at most."""
-_CHUNK = 128
+CHUNK = 128
 """Items between two looks at the clock within a burst."""
 _REACH = 1024
 """Items that are pulled without a look at the clock, at most."""
@@ -31,7 +31,7 @@ _SHORT, LONG = 0.0002, 0.0004
 class Tempo:
     """Of one lane."""
 
-    __slots__ = ("_size", "_untimed", "_watched", "chunk", "reach", "times")
+    __slots__ = ("_size", "_untimed", "_watched", "reach", "times")
 
     def __init__(self) -> None:
         self._size = 1
@@ -39,15 +39,10 @@ class Tempo:
         """Items since the last that was timed step by step."""
         self._watched = 0
         """So many of the next items are timed one by one: somebody has held the loop."""
-        self.chunk = _CHUNK
         self.reach = 64
         """Items that may be pulled at once."""
         self.times: list[float] = []
         """Of a timed burst: the moments before and after each step."""
-
-    def trust(self, *, quick: bool) -> None:
-        """Steps that only compute are quick by nature; others may turn slow within one item, and are looked after."""
-        self.chunk = _BURST if quick else _CHUNK
 
     @property
     def single(self) -> bool:
