@@ -219,7 +219,7 @@ class Assembly:
                 if placed.stopped or seat.index <= self._cut or self.runtime.cancelled:
                     seat.counters.cancelled += seat.counters.in_flight
         if not self.seats and (self.runtime.cancelled or self._bare.discarded):
-            self.sink.lose(self.source_counters.emitted - self.sink.delivered - self.sink.discarded)
+            self.sink.lose(self.source_counters.emitted - self._bare.emitted)
 
     def ledger(self, elapsed: float) -> Ledger:
         """All counts at this moment; from any thread."""

@@ -47,6 +47,7 @@ class Channel:
 
     keeps = True
     stores = True
+    reads_ahead = False
 
     __slots__ = ("_errors", "_getters", "_items", "_lent", "_loop", "_putters", "aborted", "capacity", "down", "finished", "reserved", "up")
 

@@ -13,7 +13,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from .cancellation.reason import CancelReason, CancelType
+from .result import Err, describe
 from .run import Run
+from .runtime import StopLevel, StopRequest
 
 __all__ = ["Host", "run_in_thread"]
 
@@ -49,7 +52,13 @@ class Host:
         loop = self._factory()
         try:
             asyncio.set_event_loop(loop)
-            loop.run_until_complete(self._carry())
+            carrier = loop.create_task(self._carry())
+            while not carrier.done():
+                try:
+                    loop.run_until_complete(carrier)
+                except BaseException as error:  # a handler's KeyboardInterrupt or SystemExit goes through the loop
+                    if not carrier.done():
+                        self._stop_for(error)
             loop.run_until_complete(self._tidy(loop))
         finally:
             asyncio.set_event_loop(None)
@@ -57,6 +66,10 @@ class Host:
                 _silence(task)
             loop.close()
             self._over.set()
+
+    def _stop_for(self, error: BaseException) -> None:
+        reason = CancelReason(f"a handler raised {describe(error)}", CancelType.ERROR, code="interrupted")
+        self._run.runtime.request_stop(StopRequest(reason, StopLevel.ABORT, Err.of(error)))
 
     async def _carry(self) -> None:
         try:

@@ -33,6 +33,7 @@ class _PromptInlet:
     """A feed that is its own inlet: no task, no queue, and never a wait."""
 
     stores = False
+    reads_ahead = False
 
     def __init__(self, up: Counters, down: Counters) -> None:
         self._up = up
@@ -144,6 +145,7 @@ class IteratorFeed(_PromptInlet):
         super().__init__(up, down)
         self._iterator: Iterator[Any] = iter(origin)
         self._direct = type(self._iterator) in _EXACT_ITERATORS
+        self.reads_ahead = not self._direct
         self._ahead: deque[Any] = deque()
         """Items of a lot that were not taken after all; only for iterators that cannot be read in place."""
         self._runtime = runtime

@@ -38,6 +38,8 @@ class Inlet(Protocol):
 
     stores: bool
     """Whether items may wait in it; if not, it never makes anybody wait either."""
+    reads_ahead: bool
+    """Whether a lot takes items from the source that may go back unused."""
 
     def pop(self) -> Any: ...
     def lot(self, limit: int) -> Lot | None: ...
@@ -123,8 +125,8 @@ class Divisible(Protocol):
 class Pullable(Protocol):
     """A node that may make its outputs when they are asked for, in the consumer's own time."""
 
-    def pull(self) -> Iterator[Any] | None:
-        """Some outputs, each made when it is asked for; None when the node has to go on by itself.
+    def pull(self, reach: int) -> Iterator[Any] | None:
+        """Up to `reach` outputs, each made when it is asked for; None when the node has to go on by itself.
 
         What is iterated is delivered. The iterator ends when its items do, or when somebody else needs the node.
         """

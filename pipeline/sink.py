@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sized
+from time import perf_counter
 from typing import Any, cast
 
 from .channel import EMPTY, Channel
@@ -15,6 +16,11 @@ from .lot import Lot
 from .metrics import Counters
 from .protocols import Node, Pullable
 from .runtime import PipelineRuntime
+
+_REACH = 32, 1024
+"""Outputs that a consumer takes at once: at first, and at most."""
+_SLOW = 0.001
+"""Seconds that it may be busy with them before it gets fewer."""
 
 __all__ = ["BufferSink", "CollectingSink", "DiscardingSink"]
 
@@ -126,8 +132,10 @@ class BufferSink:
         self.tallied = 0
         self._tally = tally
         self._capacity = capacity
-        self._lot: Lot | None = None
-        """What the consumer is taking from."""
+        self._lot: tuple[Lot, int] | None = None
+        """What the consumer is taking from, and how many it had received before."""
+        self._reach = _REACH[0]
+        self._taken_at = 0.0
         self._left: list[Any] = []
         self._node: Pullable | None = None
         self._pulling = False
@@ -156,8 +164,8 @@ class BufferSink:
 
     @property
     def delivered(self) -> int:
-        received = self.counters.received  # first: a lot that is closed in between is then missed, not counted twice
-        return received + (self._lot.pending if self._lot is not None else 0)
+        open_lot = self._lot  # read once, and written at once: another thread never sees a delivery undone
+        return self.counters.received if open_lot is None else open_lot[1] + open_lot[0].taken
 
     @property
     def discarded(self) -> int:
@@ -169,7 +177,7 @@ class BufferSink:
     @property
     def drained(self) -> bool:
         """Whether the consumer has taken everything."""
-        return not len(self._channel) and (self._lot is None or not self._lot.left)
+        return not len(self._channel) and (self._lot is None or not self._lot[0].left)
 
     def finish(self) -> None:
         self._channel.finish()
@@ -185,10 +193,10 @@ class BufferSink:
 
     def hand_over(self) -> None:
         """The run is about to close: what the consumer has not asked for yet becomes its own."""
-        lot, self._lot = self._lot, None
-        if lot is not None:
-            fresh, _, left = lot.finish()
-            self.counters.received += fresh + left
+        if self._lot is not None:
+            lot, before = self._lot
+            self.counters.received = before + lot.taken + lot.left
+            self._lot = None
         while (item := self._channel.pop()) is not EMPTY:
             self._left.append(item)
         if self._tally:
@@ -199,6 +207,7 @@ class BufferSink:
     def take(self) -> Iterator[Any] | None:
         """Some outputs, or None when there are none now. What is iterated of them is delivered."""
         self._put_back()
+        self._adapt()
         if self._left:
             left, self._left = self._left, []
             return iter(left)
@@ -207,7 +216,7 @@ class BufferSink:
         if not waiting:
             if channel.finished:
                 self._runtime.pulse()
-            outputs = self._node.pull() if self._node is not None else None
+            outputs = self._node.pull(self._reach) if self._node is not None else None
             self._pulling = outputs is not None
             waiting = len(channel)
             if outputs is not None or not waiting:
@@ -217,9 +226,9 @@ class BufferSink:
             self.tallied += length_of(item)
             return iter((item,))
         # No more than half at once, so that the stages may go on while the consumer is busy with these.
-        lot = channel.lot(waiting if self._node is not None else (waiting + 1) // 2)
+        lot = channel.lot(min(waiting if self._node is not None else (waiting + 1) // 2, self._reach))
         assert lot is not None
-        self._lot = lot
+        self._lot = (lot, self.counters.received)
         channel.release(lot.limit - 1)
         return lot.items
 
@@ -228,10 +237,19 @@ class BufferSink:
         if self._pulling and self._node is not None:
             self._pulling = False
             self._node.end_pull()
-        lot, self._lot = self._lot, None
-        if lot is not None:
+        if self._lot is not None:
             self._channel.reserved = 0
-            self._channel.close_lot(lot)
+            self._channel.close_lot(self._lot[0])
+            self._lot = None
+
+    def _adapt(self) -> None:
+        """Fewer at once for a consumer that is slow, for the loop waits until it has had them."""
+        now = perf_counter()
+        spent, self._taken_at = now - self._taken_at, now
+        if spent > _SLOW:
+            self._reach = max(self._reach // 4, 1)
+        elif spent < _SLOW / 4:
+            self._reach = min(self._reach * 2, _REACH[1])
 
     async def wait_items(self) -> bool:
         """Wait for an output; False when there will be none."""

@@ -102,9 +102,9 @@ class ChainNode:
                 lane.inlet.abort()
                 lane.outlet.finish()
 
-    def pull(self) -> Iterator[Any] | None:
+    def pull(self, reach: int) -> Iterator[Any] | None:
         """As `Pullable` says, as long as all stages are in one lane."""
-        return self._whole.pull() if len(self._pieces) == 1 else None
+        return self._whole.pull(reach) if len(self._pieces) == 1 else None
 
     def end_pull(self) -> None:
         self._whole.end_pull()

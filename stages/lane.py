@@ -8,6 +8,7 @@ lane goes item by item, until its handlers seem to have stopped waiting.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import copy_context
 from itertools import islice
@@ -30,6 +31,10 @@ from .flow import FAILURES, Flow, Step, Unusual
 from .tempo import CHUNK, LONG, Tempo
 
 __all__ = ["Lane"]
+
+_AHEAD = 32
+"""Items that an iterator is read ahead of a consumer, at most."""
+
 
 class Lane:
     """One worker over the steps `first` to `end` of a node."""
@@ -75,7 +80,6 @@ class Lane:
         """Left over from such a burst."""
         self._gone: list[bool] = []
         """Not empty: what was being pulled has been closed."""
-        self._pull_began = 0.0
         self._cover(0, len(steps))
 
     def _cover(self, first: int, end: int) -> None:
@@ -104,6 +108,13 @@ class Lane:
 
     async def run(self) -> None:
         """Until the inlet has ended, or a step, the outlet or the run says stop."""
+        try:
+            await self._take_items()
+        finally:
+            if self._handed is not None and inspect.iscoroutine(self._handed.result):
+                self._handed.result.close()  # nobody will await it
+
+    async def _take_items(self) -> None:
         runtime, pace = self._runtime, Pacer()
         self._context = copy_context()
         while not (self._flow.ended or runtime.cancelled):
@@ -142,7 +153,10 @@ class Lane:
                         await self._flow.treat(unusual)
             self._resting = True
             if not taken:
-                if not await self.inlet.wait_items() and self._handed is None:
+                more = await self.inlet.wait_items()
+                if self._account.direct:
+                    self.give_way()  # the end of the stream, but a consumer still has some of it
+                elif not more and self._handed is None:
                     return
                 pace.restart()
             elif pace.due():
@@ -240,7 +254,7 @@ class Lane:
 
     # --- outputs made when they are asked for
 
-    def pull(self) -> Iterator[Any] | None:
+    def pull(self, reach: int) -> Iterator[Any] | None:
         """Outputs in the consumer's own time, see `Pullable`; or a burst, run here and now, into the outlet."""
         runtime = self._runtime
         if not self._resting or not self._bursts or self._handed or self._careful or self._flow.ended:
@@ -249,7 +263,11 @@ class Lane:
             return None
         if runtime.burst is not None:
             runtime.burst.give_way()
-        lot = self.inlet.lot(self._tempo.reach if self._loops.pulled else min(self.outlet.room(), self._tempo.size))
+        inlet = self.inlet
+        limit = min(self.outlet.room(), self._tempo.size)
+        if self._loops.pulled is not None:
+            limit = min(reach, _AHEAD) if inlet.reads_ahead else reach
+        lot = inlet.lot(limit)
         if lot is None or self._has_errors(lot):
             return None
         loop = self._loop_for(lot)
@@ -259,9 +277,10 @@ class Lane:
             except StopIteration as end:
                 self._handed = end.value
             return None
+        if inlet.stores:
+            inlet.release(lot.limit)  # until the consumer has had them, they take up their room
         self._account.lot, self._account.direct = lot, True
         self._gone = []
-        self._pull_began = perf_counter()
         self._running = self._loops.pulled
         self._coroutine = self._loops.pulled.run(lot.items, runtime.stop_flag, self._gone, self._pull_failed, *self._calls)
         runtime.burst = self
@@ -285,9 +304,10 @@ class Lane:
             self._end_pull(None)
 
     def _end_pull(self, at: int | None) -> None:
-        taken = self._close(at)
+        if self.inlet.stores:
+            self.inlet.release(0)
+        self._tempo.learn_pulled(self._close(at))
         self._account.direct = False
-        self._tempo.learn_pulled(taken, perf_counter() - self._pull_began)
 
     # --- handlers that wait
 
@@ -388,7 +408,7 @@ class Lane:
 
 def _as_raised(error: BaseException) -> BaseException:
     """A step's `StopIteration`, which Python has turned into a `RuntimeError` at the edge of the loop's coroutine."""
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, (StopIteration, StopAsyncIteration)):
-        if error.__traceback__ is None or error.__traceback__.tb_next is None:  # nothing further in has raised it
-            return error.__cause__
+    moved = isinstance(error, RuntimeError) and isinstance(error.__cause__, (StopIteration, StopAsyncIteration))
+    if moved and (error.__traceback__ is None or error.__traceback__.tb_next is None):  # nothing further in has raised it
+        return error.__cause__ or error
     return error

@@ -18,8 +18,6 @@ _BURST = 2048
 """Items in one burst, at most."""
 CHUNK = 128
 """Items between two looks at the clock within a burst."""
-_REACH = 1024
-"""Items that are pulled without a look at the clock, at most."""
 _SAMPLE = 4096
 """Items between two that are timed step by step; slow ones are all timed."""
 _WATCHED = 2048
@@ -31,7 +29,7 @@ _SHORT, LONG = 0.0002, 0.0004
 class Tempo:
     """Of one lane."""
 
-    __slots__ = ("_size", "_untimed", "_watched", "reach", "times")
+    __slots__ = ("_size", "_untimed", "_watched", "times")
 
     def __init__(self) -> None:
         self._size = 1
@@ -39,8 +37,6 @@ class Tempo:
         """Items since the last that was timed step by step."""
         self._watched = 0
         """So many of the next items are timed one by one: somebody has held the loop."""
-        self.reach = 64
-        """Items that may be pulled at once."""
         self.times: list[float] = []
         """Of a timed burst: the moments before and after each step."""
 
@@ -82,13 +78,9 @@ class Tempo:
         elif seconds > LONG and self._size > 1:
             self._size = max(1, int(taken * _SHORT / seconds))
 
-    def learn_pulled(self, taken: int, seconds: float) -> None:
-        """Note that a consumer has pulled so many items, in a time that its own work is part of."""
+    def learn_pulled(self, taken: int) -> None:
+        """Note that a consumer has pulled so many items; how long that took is its own affair."""
         self._untimed += taken
-        if seconds < _SHORT:
-            self.reach = min(self.reach * 2, _REACH)
-        elif seconds > LONG:
-            self.reach = max(self.reach // 4, 1)
 
     def _lagged(self, steps: Sequence[Step], seconds: float) -> None:
         """Somebody held the loop in the middle of a burst; the next items are timed one by one and may tell who."""
