@@ -27,7 +27,7 @@ class Lot:
     ) -> None:
         self.items = items
         self.limit = limit
-        """How many items there are, at most; the loop takes off what it has asked for."""
+        """How many items there are, at most."""
         self.batch = batch
         """The items as a collection; None when they are known to be plain numbers or texts."""
         self.errors = errors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import traceback
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeGuard, TypeVar, cast
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
     from .report import RunReport
 
 __all__ = ["Err", "Result", "describe", "err_as_value", "get_err", "is_err", "is_ok", "unwrap", "unwrap_or"]
+
+_FRAMES = 100
+"""Entries of a traceback that are kept as text, from the outermost on."""
+_RAISED_OFTEN = 5000
+"""Entries after which a traceback is taken for one that will not stop growing, and is begun anew."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,11 +51,23 @@ class Err:
     @classmethod
     def of(cls, error: BaseException, *, item: Any = None, stage: str | None = None, attempts: int = 1) -> Err:
         """The `Err` of a caught exception. Costs one traceback formatting, tens of microseconds."""
-        return cls(error, item, stage, attempts, "".join(traceback.format_exception(error)))
+        trace = "".join(traceback.format_exception(error, limit=_FRAMES))
+        if _is_endless(error.__traceback__):
+            error.__traceback__ = None
+        return cls(error, item, stage, attempts, trace)
 
     def __repr__(self) -> str:
         where = f" in stage {self.stage!r}" if self.stage else ""
         return f"<Err {self.value!r}{where}>"
+
+
+def _is_endless(trace: types.TracebackType | None) -> bool:
+    """One exception object that is raised again and again gets a longer traceback each time."""
+    for _ in range(_RAISED_OFTEN):
+        if trace is None:
+            return False
+        trace = trace.tb_next
+    return True
 
 
 def describe(value: BaseException | str) -> str:

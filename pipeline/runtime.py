@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from .cancellation.reason import CancelReason, CancelType
 from .lifecycle import Grace, PipelineState, may_move
@@ -117,6 +117,7 @@ class PipelineRuntime:
         self._cancelled = False
         self._floor = StopLevel.NONE
         self._groups: dict[asyncio.Task[Any], int] = {}
+        self._contexts: dict[asyncio.Task[Any], contextvars.Context] = {}
         self._task_ends: dict[asyncio.Task[Any], Callable[[asyncio.Task[Any]], None]] = {}
         self._process_ends: dict[ProcessLike, Callable[[], None] | None] = {}
         self.supervisor: asyncio.Task[Any] | None = None
@@ -212,7 +213,9 @@ class PipelineRuntime:
         when the task is done, also when it was cancelled before its first step: cheaper than a callback of its own.
         """
         assert self.loop is not None
-        task = self.loop.create_task(coroutine, name=f"{self.name}/{name}")
+        context = contextvars.copy_context()
+        task = self.loop.create_task(coroutine, name=f"{self.name}/{name}", context=context)
+        self._contexts[task] = context
         if group is not None:
             self._groups[task] = group
         if on_end is not None:
@@ -220,6 +223,10 @@ class PipelineRuntime:
         self.tasks.add(task)
         task.add_done_callback(self._supervised_ended if supervised else self._task_ended)
         return task
+
+    def context(self) -> contextvars.Context:
+        """That of the current task, which this run has started: to do something in its name while it waits."""
+        return self._contexts[cast("asyncio.Task[Any]", asyncio.current_task())]
 
     def register_task(self, task: asyncio.Task[Any]) -> None:
         """Own a task: it is cancelled when the run is, and awaited before the run ends."""
@@ -289,6 +296,7 @@ class PipelineRuntime:
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
         self.tasks.discard(task)
         self._groups.pop(task, None)
+        self._contexts.pop(task, None)
         on_end = self._task_ends.pop(task, None)
         if on_end is not None:
             on_end(task)

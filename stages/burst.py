@@ -17,6 +17,7 @@ import sys
 import types
 from collections.abc import Callable
 from functools import cache, lru_cache
+from time import perf_counter
 from typing import Any, NamedTuple
 
 __all__ = ["SIMPLE", "Burst", "Loops", "StepKind", "compile_loops", "only_computes"]
@@ -30,6 +31,8 @@ _OPERATORS = frozenset(
     ["BINARY_OP", "COMPARE_OP", "IS_OP", "CONTAINS_OP", "UNARY_NEGATIVE", "UNARY_NOT", "UNARY_INVERT", "UNARY_POSITIVE", "BUILD_STRING"]
 )
 """What makes a value of its own."""
+_GROWING = frozenset(["**", "<<"])
+"""What turns a small number into one that takes seconds to compute with."""
 _VARIABLES = frozenset(["LOAD_GLOBAL", "LOAD_DEREF", "COPY_FREE_VARS", "PUSH_NULL"])
 """Operands from outside. They are nothing to worry about as long as they are never the result itself."""
 _OF_COROUTINES = frozenset(["RETURN_GENERATOR", "CALL_INTRINSIC_1", "RERAISE"])
@@ -76,11 +79,14 @@ def _only_computes(code: types.CodeType) -> bool:
     allowed = _HARMLESS | _OF_COROUTINES if code.co_flags & inspect.CO_COROUTINE else _HARMLESS
     argument = code.co_varnames[0]
     before, jumps, variables = "", False, False
+    texts = any(isinstance(constant, (str, bytes, tuple)) for constant in code.co_consts)
     for instruction in dis.get_instructions(code):
         name = instruction.opname
         if name in _VARIABLES:
             variables = True
         elif name not in allowed:
+            return False
+        if name == "BINARY_OP" and (instruction.argrepr.rstrip("=") in _GROWING or (texts and "*" in instruction.argrepr)):
             return False
         jumps = jumps or "JUMP" in name
         if "STORE_FAST" in name:
@@ -98,10 +104,11 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 class Burst:
-    """A compiled loop. `run(items, put, stop, left, known, skip, skipped, note, *functions)`, awaited if `awaits`.
+    """A compiled loop. `run(items, put, stop, left, known, skip, skipped, note, until, *functions)`, awaited if `awaits`.
 
     None: through. Otherwise (step, its input, its result): the rest is the caller's. `left` makes it return after the
-    await that it is in; `note` is called with the time before the first and after each step, when `timed`.
+    await that it is in; `note` is called before the first and after each step, when timed. It returns after the first
+    item that ends later than `until`, a moment of `perf_counter`, unless all its steps are trusted.
     """
 
     __slots__ = ("_steps", "awaits", "run")
@@ -175,7 +182,7 @@ def _compile(kinds: tuple[StepKind, ...], emits: bool, timed: bool) -> Burst:
 
 
 def _made(text: str, steps: dict[int, int], *, awaits: bool) -> Burst:
-    space: dict[str, Any] = {}
+    space: dict[str, Any] = {"clock": perf_counter}
     exec(compile(text, _FILE, "exec"), space)
     return Burst(space["burst"], steps, awaits=awaits)
 
@@ -211,7 +218,7 @@ class _Writer:
         kinds, count = self._kinds, len(self._kinds)
         head = "async def" if any(kind.awaited for kind in kinds) else "def"
         names = ", ".join(f"f{step}" for step in range(count))
-        self._line(f"{head} burst(items, put, stop, left, known, skip, skipped, note, {names}, type=type):")
+        self._line(f"{head} burst(items, put, stop, left, known, skip, skipped, note, until, {names}, type=type, clock=clock):")
         for step, kind in enumerate(kinds):
             if not kind.trusted:
                 self._line(f" k{step} = None")
@@ -230,7 +237,7 @@ class _Writer:
         if self._emits:
             self._line(f"  put(v{count})")
         if not all(kind.trusted for kind in kinds):
-            self._line("  if stop: return None")
+            self._line("  if stop or clock() > until: return None")
         self._line(" return None")
         return "\n".join(self._lines)
 

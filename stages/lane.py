@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import copy_context
-from itertools import islice
 from time import perf_counter
 from typing import Any
 
@@ -28,7 +26,7 @@ from .account import Account
 from .burst import SIMPLE, Burst, compile_loops
 from .control import SKIP, PlainTypes
 from .flow import FAILURES, Flow, Step, Unusual
-from .tempo import CHUNK, LONG, Tempo
+from .tempo import LONG, Tempo
 
 __all__ = ["Lane"]
 
@@ -116,7 +114,7 @@ class Lane:
 
     async def _take_items(self) -> None:
         runtime, pace = self._runtime, Pacer()
-        self._context = copy_context()
+        self._context = runtime.context()
         while not (self._flow.ended or runtime.cancelled):
             inlet, outlet = self.inlet, self.outlet  # not for long: the lane may be narrowed
             unusual: Unusual | None = None
@@ -182,7 +180,6 @@ class Lane:
     async def _burst(self, lot: Lot, loop: Burst) -> Unusual | None:
         """Run the written-out loop over a lot, then book it; what it could not finish is the caller's."""
         runtime, account, first = self._runtime, self._account, self.first
-        chunk = CHUNK if loop is self._loops.wary else lot.limit  # what only computes is quick by nature
         account.lot = lot
         self._running, self._coroutine = loop, None
         runtime.burst = self
@@ -190,27 +187,24 @@ class Lane:
         error: BaseException | None = None
         began = perf_counter()
         try:
-            while True:
-                run = loop.run(
-                    lot.items if lot.limit <= chunk else islice(lot.items, chunk),
-                    account.outputs.append,
-                    runtime.stop_flag,
-                    self._left,
-                    self._plain.known,
-                    SKIP,
-                    account.skipped,
-                    self._tempo.note,
-                    *self._calls,
-                )
-                if loop.awaits:
-                    self._coroutine = run
-                    self._arm()
-                    stopped = await run
-                else:
-                    stopped = run
-                lot.limit -= chunk
-                if stopped is not None or lot.limit <= 0 or runtime.stop_flag or perf_counter() - began > LONG:
-                    break
+            run = loop.run(
+                lot.items,
+                account.outputs.append,
+                runtime.stop_flag,
+                self._left,
+                self._plain.known,
+                SKIP,
+                account.skipped,
+                self._tempo.note,
+                began + LONG,
+                *self._calls,
+            )
+            if loop.awaits:
+                self._coroutine = run
+                self._arm()
+                stopped = await run
+            else:
+                stopped = run
         except BaseException as error_or_stop:
             caught = _as_raised(error_or_stop)
             place = loop.failed_step(caught)

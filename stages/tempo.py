@@ -12,12 +12,10 @@ from time import perf_counter
 from .desk import LAG
 from .flow import Step
 
-__all__ = ["CHUNK", "LONG", "Tempo"]
+__all__ = ["LONG", "Tempo"]
 
 _BURST = 2048
 """Items in one burst, at most."""
-CHUNK = 128
-"""Items between two looks at the clock within a burst."""
 _SAMPLE = 4096
 """Items between two that are timed step by step; slow ones are all timed."""
 _WATCHED = 2048
