@@ -52,11 +52,6 @@ class Lot:
         """How many the underlying iterator still has."""
         return self._meter.__length_hint__()
 
-    @property
-    def pending(self) -> int:
-        """How many have been taken and not counted yet. From any thread: too few at times, never too many."""
-        return self._start - self._meter.__length_hint__() - self._counted
-
     def finish(self) -> tuple[int, int, int]:
         """No more is taken: how many since last asked, how many in all, and how many the underlying iterator has left."""
         left = self._meter.__length_hint__()

@@ -62,7 +62,7 @@ class Step:
 
 
 class Unusual:
-    """What is left to finish by hand: step `at` was called with `item`, and this came of it; -1: not called yet."""
+    """What is left to finish by hand: step `at` was called with `item`, and this came of it."""
 
     __slots__ = ("at", "error", "item", "result")
 
@@ -96,9 +96,6 @@ class Flow:
     async def treat(self, unusual: Unusual) -> None:
         """Finish one item that has left the fast path."""
         at, item, result = unusual.at, unusual.item, unusual.result
-        if at < 0:
-            await self.enter(item, 0)
-            return
         desk, emit = self._steps[at].desk, self._emitter(at)
         if unusual.error is not None:
             await desk.failed(Err.of(unusual.error, item=item, stage=desk.name), emit)

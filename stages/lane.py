@@ -117,7 +117,6 @@ class Lane:
         self._context = runtime.context()
         while not (self._flow.ended or runtime.cancelled):
             inlet, outlet = self.inlet, self.outlet  # not for long: the lane may be narrowed
-            unusual: Unusual | None = None
             taken = True
             if self._handed is not None:
                 unusual, self._handed = self._handed, None
@@ -137,7 +136,6 @@ class Lane:
                 self._careful = max(self._careful - 1, 0)
                 taken = item is not EMPTY
                 if taken:
-                    unusual = Unusual(self.first, item, None, None)
                     await self._flow.enter(item, self.first)
             else:
                 single = self._tempo.single
@@ -358,10 +356,12 @@ class Lane:
                 return False
             if self.hire is not None:
                 self.hire()
+            left -= 1
             if type(item) is Err:
                 await self._flow.enter(item, first)
+                if left <= 0:
+                    return True  # errors that only pass by wait for nothing: the caller sees to fairness
                 continue
-            left -= 1
             began = perf_counter() if left <= 0 or not awaited else 0.0
             try:
                 result = call(item)
