@@ -1436,3 +1436,23 @@ def test_random_rows_deliver_what_left_a_stage_before_it_raised(
         assert snapshot.stages[number].raised == rows[number]["raised"]
     if isinstance(got, list) and all(plan.keeps_order for plan in chain):
         assert plainly(got) == outputs
+
+
+async def test_errors_that_pass_by_a_stage_that_waits_let_the_loop_go_round() -> None:
+    held = asyncio.Event()
+
+    async def hold(item: int) -> int:
+        await held.wait()
+        return item
+
+    errors = [Err(ValueError("earlier"), stage="elsewhere") for _ in range(20_000)]
+    pipeline = Pipeline([0, *errors]) >> stage(concurrency=2)(hold)
+    task = asyncio.create_task(pipeline.run())
+    passed: set[int] = set()
+    while (now := pipeline.snapshot().stage("hold").passed) < len(errors):
+        passed.add(now)
+        await asyncio.sleep(0)
+    held.set()
+    report = await task
+    assert len(passed) > 4
+    assert_balanced(report)
