@@ -172,7 +172,7 @@ class PipelineSnapshot:
         return {
             "name": self.name,
             "state": self.state.value,
-            "reasons": [reason_to_dict(reason) for reason in self.reasons],
+            "reasons": [reason.to_dict() for reason in self.reasons],
             "elapsed": self.elapsed,
             "pulled": self.pulled,
             "delivered": self.delivered,
@@ -180,17 +180,6 @@ class PipelineSnapshot:
             "discarded": self.discarded,
             "stages": [metrics.to_dict() for metrics in self.stages],
         }
-
-
-def reason_to_dict(reason: CancelReason) -> dict[str, Any]:
-    """One reason as plain strings and numbers."""
-    return {
-        "message": reason.message,
-        "cancel_type": reason.cancel_type.value,
-        "code": reason.code,
-        "origin": reason.origin,
-        "at": reason.at,
-    }
 
 
 @dataclass(frozen=True, slots=True)

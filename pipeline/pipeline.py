@@ -13,7 +13,6 @@ Example:
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -21,16 +20,16 @@ from typing import Any, Generic, TypeVar, cast, overload
 
 from .assembly import Link, Sink, seats_for
 from .bridge import BridgeSink
+from .cancellation.ending import Ending
 from .cancellation.reason import CancelReason, CancelType
 from .cancellation.triggers import Trigger
-from .errors import PipelineCancelled, PipelineError, PipelineFailed, StageConfigError
+from .errors import PipelineCancelled, PipelineError, StageConfigError
 from .handle import CancelHandle
-from .host import run_in_thread
 from .interop import is_stream_operator, stream_stage
+from .iteration import check_buffer, iterate, iterate_in_thread, stopped
 from .lifecycle import Grace, PipelineState
 from .loops import loop_factory
 from .metrics import Counters, PipelineSnapshot, read_ledger
-from .pace import Pacer
 from .policy import ErrorPolicy
 from .protocols import StageLike, is_stage
 from .report import RunReport
@@ -41,6 +40,8 @@ from .sink import BufferSink, CollectingSink, DiscardingSink
 from .source import Source, as_source
 
 __all__ = ["Pipeline"]
+
+_HOW_IT_ENDED = {"completed": "completed", "failed": "failed", "cancelled": "was cancelled", None: "could not start"}
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -84,6 +85,8 @@ class Pipeline(Generic[T]):
         self._runtime: PipelineRuntime | None = None
         self._carriers: set[PipelineRuntime] = set()
         self._cancelled: tuple[CancelReason, ...] = ()
+        self.ending = Ending()
+        """For `EndTrigger`: the end of the run under way, or of the last one."""
         if source is not None:
             self._set_source(source)
 
@@ -123,6 +126,7 @@ class Pipeline(Generic[T]):
         self._set_source(source)
         self._cancelled = ()
         self._runtime = None
+        self.ending.begin()
         return self
 
     def _set_source(self, source: Any) -> None:
@@ -160,6 +164,7 @@ class Pipeline(Generic[T]):
         twin._runtime = None
         twin._carriers = set()
         twin._cancelled = ()
+        twin.ending = Ending()
         return twin
 
     # --- running
@@ -192,7 +197,7 @@ class Pipeline(Generic[T]):
     def __aiter__(self) -> AsyncGenerator[T, None]:
         return self.async_iter()
 
-    async def async_iter(self, max_buffer: int = 64) -> AsyncGenerator[T, None]:
+    def async_iter(self, max_buffer: int = 64) -> AsyncGenerator[T, None]:
         """Iterate over the outputs, at most `max_buffer` of which wait for the consumer.
 
         Fused stages never leave anything in the buffers between them, so that room is used here, too: as many outputs
@@ -201,36 +206,7 @@ class Pipeline(Generic[T]):
         Leaving early cancels the run with code "iter_closed". After a failure or a cancel, what was produced is
         delivered first, then `PipelineFailed` or `PipelineCancelled` is raised.
         """
-        sink = BufferSink(_check_buffer(max_buffer), tally=self._tally)
-        run = self._prepare(sink)
-        if isinstance(run, Err):
-            raise _stopped(run)
-        run.start()
-        pace = Pacer()
-        try:
-            while (outputs := sink.take()) is not None or await sink.wait_items():
-                if outputs is not None:
-                    for output in outputs:
-                        yield output
-                    if pace.due():
-                        await pace.rest()
-        except BaseException as error:
-            if isinstance(error, asyncio.CancelledError):
-                run.parent_cancelled()
-            else:
-                run.runtime.request_stop(_iteration_left())
-            sink.discard()  # the consumer has left: what waits for it goes nowhere
-            raise
-        finally:
-            try:
-                result = await run.watch()
-            finally:
-                self._release(run)
-        while (outputs := sink.take()) is not None:
-            for output in outputs:
-                yield output
-        if isinstance(result, Err):
-            raise _stopped(result) from _cause(result)
+        return iterate(self._open, self._release, BufferSink(check_buffer(max_buffer), tally=self._tally))
 
     def iter(self, max_buffer: int = 64, *, uvloop: bool = False) -> Generator[T, None, None]:
         """Iterate from synchronous code: the pipeline runs on a loop of its own, in a thread of its own.
@@ -239,27 +215,16 @@ class Pipeline(Generic[T]):
         `ImportError` when that is not installed.
         """
         factory = loop_factory(uvloop=uvloop)
-        sink = BridgeSink(_check_buffer(max_buffer), tally=self._tally)
+        return iterate_in_thread(
+            self._open, self._release, BridgeSink(check_buffer(max_buffer), tally=self._tally), factory, self._cancel_on
+        )
+
+    def _open(self, sink: Sink) -> Run:
+        """As `_prepare`; what keeps the run from starting is raised."""
         run = self._prepare(sink)
         if isinstance(run, Err):
-            raise _stopped(run)
-        runtime = run.runtime
-        host = run_in_thread(run, factory)
-        try:
-            yield from cast("Generator[T, None, None]", sink.take())
-        except BaseException:
-            sink.leave()
-            runtime.request_stop(_iteration_left())
-            sink.discard()
-            raise
-        finally:
-            try:
-                host.join(on_interrupt=lambda: runtime.request_stop(_iteration_left(StopLevel.KILL)))
-            finally:
-                self._release(run)
-        result = runtime.closed.result()
-        if isinstance(result, Err):
-            raise _stopped(result) from _cause(result)
+            raise stopped(run)
+        return run
 
     def _prepare(self, sink: Sink) -> Run | Err:
         """Check everything that can be checked before anything starts."""
@@ -276,6 +241,9 @@ class Pipeline(Generic[T]):
         self._runtime = runtime = PipelineRuntime(self.name, self._grace)
         for member in self._all_members():
             member._carriers.add(runtime)
+        for pipeline in (self, *self._all_members()):
+            pipeline.ending.begin()
+            runtime.closed.add_done_callback(pipeline._tell_end)
         return Run(runtime, self._source, self._links, sink, self._cancel_on, log=self._log)
 
     def _refusal(self) -> Err | None:
@@ -300,6 +268,12 @@ class Pipeline(Generic[T]):
         report = result.report if isinstance(result, Err) else result
         if report is not None and report.outcome == "cancelled":
             self._cancelled = report.reasons
+
+    def _tell_end(self, closed: Future[RunReport | Err]) -> None:
+        result = closed.result()
+        report = result.report if isinstance(result, Err) else result
+        how = _HOW_IT_ENDED[report.outcome if report is not None else None]
+        self.ending.tell(_end_of(self.name, how, result.reasons))
 
     def _all_members(self) -> list[Pipeline[Any]]:
         found: list[Pipeline[Any]] = []
@@ -335,6 +309,7 @@ class Pipeline(Generic[T]):
             return CancelHandle(False, self._runtime.closed, None)
         first = not self._cancelled
         self._cancelled += (request.reason,)
+        self.ending.tell(_end_of(self.name, "was cancelled before it started", self._cancelled))
         never: Future[RunReport | Err] = Future()
         never.set_result(Err(self._cancelled[0].message, reasons=self._cancelled, attempts=0))
         return CancelHandle(first, never, None)
@@ -346,6 +321,13 @@ class Pipeline(Generic[T]):
         """The runtime of the current or last run; before the first run, an empty one."""
         carrier = next(iter(self._carriers), None)
         return carrier or self._runtime or PipelineRuntime(self.name, self._grace)
+
+    @property
+    def report(self) -> RunReport | None:
+        """The account of the last run, also of one that was interrupted from outside; None while there is none."""
+        closed = self.runtime.closed
+        result = closed.result() if closed.done() else None
+        return result.report if isinstance(result, Err) else result
 
     @property
     def state(self) -> PipelineState:
@@ -398,14 +380,8 @@ def _check_options(on_error: Any, cancel_on: Any, grace: Any, scheduler: Any) ->
     if scheduler is not None:
         raise StageConfigError("scheduler= is not available yet; leave it out")
     for trigger in cancel_on:
-        if not (hasattr(trigger, "check") and hasattr(trigger, "arm")):
+        if isinstance(trigger, type) or not isinstance(trigger, Trigger):
             raise TypeError(f"cancel_on takes triggers, such as TimeoutTrigger(30), not {trigger!r}")
-
-
-def _check_buffer(max_buffer: int) -> int:
-    if isinstance(max_buffer, bool) or not isinstance(max_buffer, int) or max_buffer < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"max_buffer must be a whole number of items, 1 or more, not {max_buffer!r}")
-    return max_buffer
 
 
 def _as_reason(reason: str | CancelReason | None, code: str | None, origin: str) -> CancelReason:
@@ -414,18 +390,5 @@ def _as_reason(reason: str | CancelReason | None, code: str | None, origin: str)
     return CancelReason(str(reason) if reason is not None else "cancelled", CancelType.MANUAL, code=code, origin=origin)
 
 
-def _iteration_left(level: StopLevel = StopLevel.ABORT) -> StopRequest:
-    return StopRequest(CancelReason("the iteration was left early", CancelType.MANUAL, code="iter_closed"), level)
-
-
-def _stopped(err: Err) -> BaseException:
-    """The exception that an iteration raises for a run that did not complete, or could not start."""
-    if isinstance(err.value, BaseException) and err.report is None:
-        return err.value
-    if err.report is not None and err.report.outcome == "failed":
-        return PipelineFailed(f"the pipeline failed: {err.reason}", report=err.report, reasons=err.reasons)
-    return PipelineCancelled(f"the pipeline was cancelled: {err.reason}", report=err.report, reasons=err.reasons)
-
-
-def _cause(err: Err) -> BaseException | None:
-    return err.value if isinstance(err.value, BaseException) and err.report is not None else None
+def _end_of(name: str, how: str, causes: tuple[CancelReason, ...]) -> CancelReason:
+    return CancelReason(f"pipeline {name!r} {how}", CancelType.PIPELINE, origin=name, causes=causes)

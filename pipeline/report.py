@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cancellation.reason import CancelReason
-from .metrics import StageMetrics, reason_to_dict
+from .metrics import StageMetrics
 from .result import Err
 
 __all__ = ["RunReport"]
@@ -69,7 +69,7 @@ class RunReport:
         return {
             "name": self.name,
             "outcome": self.outcome,
-            "reasons": [reason_to_dict(reason) for reason in self.reasons],
+            "reasons": [reason.to_dict() for reason in self.reasons],
             "duration": self.duration,
             "pulled": self.pulled,
             "delivered": self.delivered,

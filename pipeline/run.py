@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
 from .assembly import Assembly, Link, Sink
-from .cancellation.fence import get_current_reasons, pop_reasons, push_reasons
+from .cancellation.current import get_current_reasons, pop_reasons, push_reasons, tell_who_stopped
 from .cancellation.reason import CancelReason, CancelType
+from .cancellation.signals import SignalTrigger
 from .metrics import Ledger, violations
 from .observe.logs import get_logger
 from .report import RunReport
@@ -67,6 +69,7 @@ class Run:
             runtime.closed.set_result(Err.of(error))
             raise
         if self._log:
+            runtime.on_requests = self._log_requests
             self._logger().info("pipeline started", stages=[seat.name for seat in runtime.assembly.seats])
         # Tasks and threads copy the context in which they are started: code deep inside a handler can ask for the reasons.
         token = push_reasons(lambda: runtime.reasons)
@@ -103,6 +106,8 @@ class Run:
     def parent_cancelled(self) -> None:
         """The task that waits for this run was cancelled: abort, or kill when it is not the first time."""
         runtime = self.runtime
+        if not runtime.cancelled:
+            tell_who_stopped(self._story)
         again = any(request.reason.code == "parent_cancelled" for request in runtime.requests)
         for reason in get_current_reasons():  # of the scopes around the waiting task: they know why
             if reason not in runtime.reasons:
@@ -118,7 +123,9 @@ class Run:
             if fired is not None:
                 self._triggered(index, fired)
                 continue
-            self._handles.append(trigger.arm(lambda reason, index=index: self._triggered(index, reason)))
+            # Signals at once: a plain handler that blocks the loop can look at its state, and stop.
+            arm = trigger.listen if isinstance(trigger, SignalTrigger) else trigger.arm
+            self._handles.append(arm(partial(self._triggered, index)))
 
     def _disarm(self) -> None:
         handles, self._handles = self._handles, []
@@ -133,6 +140,15 @@ class Run:
         self.runtime.request_stop(StopRequest(reason, level))
 
     # --- the conclusion
+
+    def _story(self) -> Iterator[str]:
+        """For the scope around that has stopped this run."""
+        result = self.runtime.closed.result() if self.runtime.closed.done() else None
+        report = result.report if isinstance(result, Err) else result
+        if report is None:
+            yield f"pipeline {self.runtime.name!r}: stopping"
+        else:
+            yield f"pipeline {report.name!r}: {report.outcome}, {report.pulled} taken from the source, {report.delivered} delivered"
 
     def _tell(self, *_: object) -> None:
         if self._over is not None and not self._over.done():
@@ -191,6 +207,18 @@ class Run:
         err = requests[0].error or Err(requests[0].reason.message, attempts=0)
         err.reasons, err.report = report.reasons, report
         return err
+
+    def _log_requests(self, requests: Sequence[StopRequest]) -> None:
+        for request in requests:
+            reason = request.reason
+            self._logger().info(
+                "pipeline asked to stop",
+                how=request.level.name.lower(),
+                reason=reason.message,
+                type=reason.cancel_type.value,
+                code=reason.code,
+                origin=reason.origin,
+            )
 
     def _logger(self) -> Any:
         return get_logger(pipeline=self.runtime.name)

@@ -126,6 +126,8 @@ class PipelineRuntime:
         self._aborted = False
         self._applied = 0
         self._thread = 0
+        self.on_requests: Callable[[Sequence[StopRequest]], None] | None = None
+        """Told of new requests to stop, on the loop."""
         self.burst: BurstUnderWay | None = None
         """Set by whoever runs one: what it has done so far is not booked yet."""
 
@@ -357,6 +359,8 @@ class PipelineRuntime:
         if self.ended is not None or self.assembly is None:
             return
         fresh, self._applied = self._requests[self._applied :], len(self._requests)
+        if self.on_requests is not None and fresh:
+            self.on_requests(fresh)
         for request in fresh:
             if request.cut is not None:
                 self.assembly.cut(request.cut)

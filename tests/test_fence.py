@@ -28,9 +28,8 @@ from pipeline.cancellation import (
     TimeoutTrigger,
     TriggerHandle,
     get_current_reasons,
-    pop_reasons,
-    push_reasons,
 )
+from pipeline.cancellation.current import pop_reasons, push_reasons
 
 
 class Manual:

@@ -188,10 +188,17 @@ def test_a_delay_that_is_no_number_is_a_type_error(delay: Any) -> None:
         TimeoutTrigger(delay)
 
 
-@pytest.mark.parametrize("delay", [-1, -0.001, math.nan, -math.inf])
-def test_a_negative_or_meaningless_delay_is_a_value_error(delay: float) -> None:
-    with pytest.raises(ValueError, match="seconds from 0 up"):
-        TimeoutTrigger(delay)
+@pytest.mark.parametrize("delay", [0, -0.001, -1, -math.inf])
+async def test_a_budget_that_is_used_up_has_fired_already(delay: float) -> None:
+    trigger, heard = TimeoutTrigger(delay), Heard()
+    assert trigger.check() is not None
+    trigger.arm(heard)  # by somebody who does not look first
+    await heard.next()
+
+
+def test_a_meaningless_delay_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="number of seconds"):
+        TimeoutTrigger(math.nan)
 
 
 def test_a_trigger_cannot_be_changed_after_its_check_on_creation() -> None:

@@ -1,20 +1,24 @@
 """Why and how things stop: reasons, the triggers that give them, and the fence that acts on them."""
 
-from .fence import Fence, ReasonsProvider, get_current_reasons, pop_reasons, push_reasons
+from .current import get_current_reasons
+from .ending import EndTrigger
+from .fence import Fence
+from .memory import MemoryTrigger
 from .reason import CancelReason, CancelType
-from .triggers import EventTrigger, SignalTrigger, TimeoutTrigger, Trigger, TriggerHandle
+from .signals import SignalTrigger
+from .triggers import DeadlineTrigger, EventTrigger, TimeoutTrigger, Trigger, TriggerHandle
 
 __all__ = [
     "CancelReason",
     "CancelType",
+    "DeadlineTrigger",
+    "EndTrigger",
     "EventTrigger",
     "Fence",
-    "ReasonsProvider",
+    "MemoryTrigger",
     "SignalTrigger",
     "TimeoutTrigger",
     "Trigger",
     "TriggerHandle",
     "get_current_reasons",
-    "pop_reasons",
-    "push_reasons",
 ]

@@ -11,21 +11,22 @@ too. A fence belongs to one task: do not `yield` inside it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from contextvars import ContextVar, Token
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, Self
 
+from .current import Story, pop_reasons, push_reasons, tell_who_stopped
+from .ending import Ending
 from .reason import CancelReason, CancelType
 from .triggers import Trigger
 
-__all__ = ["Fence", "ReasonsProvider", "get_current_reasons", "pop_reasons", "push_reasons"]
+__all__ = ["Fence"]
 
-ReasonsProvider: TypeAlias = Callable[[], tuple[CancelReason, ...]]
-"""Gives the reasons known by now; called at any time, from any thread, and must not block."""
+_SAMPLE = 100
+"""Scopes inside a fence of which it keeps the story when it stops them; of more, the number."""
 
 
 class Fence:
@@ -36,7 +37,8 @@ class Fence:
         await save(answer, stopped_by=fence.reasons)
 
     Leaving the block swallows the `CancelledError` that the fence caused and no other, so look at `cancelled`. It is
-    true even if the body got to its end first: a body that never awaits cannot be interrupted.
+    true even if the body got to its end first: a body that never awaits cannot be interrupted. Whether it was cut short
+    by this fence is in `cancelled_caught`.
     Raises RuntimeError when entered twice or outside a task, and whatever a trigger raises while it is armed.
     """
 
@@ -55,8 +57,10 @@ class Fence:
         self._baseline = 0  # requests that were in the counter before us
         self._pending: asyncio.Handle | None = None
         self._delivered = False
-        self._link: _Link | None = None
-        self._stopped: list[Fence] = []  # fences inside this one, through which our interruption passed
+        self._caught = False
+        self._stopped: list[Story] = []  # of what is inside this fence, and was stopped by it; a sample
+        self._stopped_more = 0
+        self._ending: Ending | None = None
 
     @property
     def reasons(self) -> tuple[CancelReason, ...]:
@@ -66,6 +70,11 @@ class Fence:
     @property
     def cancelled(self) -> bool:
         return bool(self.reasons)
+
+    @property
+    def cancelled_caught(self) -> bool:
+        """Whether leaving the block swallowed a cancellation: the body was cut short by this fence. False inside it."""
+        return self._caught
 
     def cancelled_by(self, code: str) -> bool:
         """Whether one of the reasons has this code."""
@@ -79,8 +88,17 @@ class Fence:
         self._reasons.append(_as_reason(reason, code))
         self._interrupt_soon()
 
+    @property
+    def ending(self) -> Ending:
+        """For `EndTrigger`: the end is when the block is left."""
+        if self._ending is None:
+            self._ending = Ending()
+            if self._sealed is not None:
+                self._tell_end(self._ending)
+        return self._ending
+
     def explain(self) -> str:
-        """The reasons as an indented tree: what fired first, what followed, and which fences inside that stopped."""
+        """The reasons as an indented tree: what fired first, what followed, and what inside the block that stopped."""
         return "\n".join(self._lines())
 
     def __enter__(self) -> Self:
@@ -92,8 +110,7 @@ class Fence:
         self._loop = task.get_loop()
         with ExitStack() as opening:  # what is done here is undone when a later step fails, else by `__exit__`
             opening.callback(self._seal)
-            self._link = _Link(self._open_reasons, _current.get(), self)
-            opening.callback(pop_reasons, _current.set(self._link))
+            opening.callback(pop_reasons, push_reasons(self._open_reasons, self))
             for index, trigger in enumerate(self._triggers):
                 self._look_or_arm(index, trigger, opening)
             self._opened = opening.pop_all()
@@ -111,9 +128,26 @@ class Fence:
             ours = self._rebalance()
         if not isinstance(exc, asyncio.CancelledError):
             return False
+        self._caught = ours
         if not ours:
-            self._tell_who_stopped_us()
+            tell_who_stopped(self._lines)
         return ours
+
+    # --- what scopes inside ask and tell
+
+    @property
+    def interrupting(self) -> bool:
+        """Whether the cancellation of the body was requested by this fence."""
+        return self._delivered
+
+    def add_stopped(self, story: Story) -> None:
+        """Something inside was stopped by this fence."""
+        if len(self._stopped) < _SAMPLE:
+            self._stopped.append(story)
+        else:
+            self._stopped_more += 1
+
+    # --- hearing and interrupting
 
     def _look_or_arm(self, index: int, trigger: Trigger, opening: ExitStack) -> None:
         reason = trigger.check()
@@ -163,6 +197,12 @@ class Fence:
         self._sealed = tuple(self._reasons)
         if self._pending is not None:
             self._pending.cancel()
+        if self._ending is not None:
+            self._tell_end(self._ending)
+
+    def _tell_end(self, ending: Ending) -> None:
+        message = f"a fence in task {self._task_name!r} was left"
+        ending.tell(CancelReason(message, CancelType.FENCE, origin="Fence", causes=self.reasons))
 
     def _rebalance(self) -> bool:
         """Take our request out of the counter; true if there was one and no other has come in since we were entered."""
@@ -178,64 +218,23 @@ class Fence:
         # A task that was started inside may outlive us; from then on we enclose nothing.
         return tuple(self._reasons) if self._sealed is None else ()
 
-    def _tell_who_stopped_us(self) -> None:
-        link = self._link and self._link.outer
-        while link is not None:
-            if link.fence is not None and link.fence._delivered:
-                link.fence._stopped.append(self)
-                return  # the ones further out learn of us through this one
-            link = link.outer
-
     def _lines(self) -> Iterator[str]:
         name = f"fence in task {self._task_name!r}" if self._entered else "fence, not entered"
         if not self.reasons:
             yield f"{name}: no reason of its own"
         for nth, reason in enumerate(self.reasons):
+            first, *causes = reason.lines()
             if nth == 0:
-                effect = "body interrupted" if self._delivered else "body not interrupted"
-                yield f"{name}: {_describe(reason)}: {effect}"
+                yield f"{name}: {first}: body {'interrupted' if self._delivered else 'not interrupted'}"
             else:
-                yield f"  {reason.at - self.reasons[0].at:.3f} s later: {_describe(reason)}"
-        for inner in self._stopped:
-            first, *rest = inner._lines()
+                yield f"  {reason.at - self.reasons[0].at:.3f} s later: {first}"
+            yield from (f"  {line}" for line in causes)
+        for story in self._stopped:
+            first, *rest = story()
             yield f"  stopped with it: {first}"
             yield from (f"  {line}" for line in rest)
-
-
-def get_current_reasons() -> tuple[CancelReason, ...]:
-    """Why the code that asks is being stopped: the reasons of the fences and pipelines around it, innermost first.
-
-    Empty as long as nothing fired. Tasks inherit what surrounded the place where they were created; a thread does so
-    if it was started with a copy of the context, as `asyncio.to_thread` does.
-    """
-    found: list[CancelReason] = []
-    link = _current.get()
-    while link is not None:
-        found.extend(link.provider())
-        link = link.outer
-    return tuple(found)
-
-
-def push_reasons(provider: ReasonsProvider) -> Token[_Link | None]:
-    """Let `get_current_reasons()` ask `provider` as well, here and in every task created from here on."""
-    return _current.set(_Link(provider, _current.get()))
-
-
-def pop_reasons(token: Token[_Link | None]) -> None:
-    """Undo a `push_reasons`. In another context than that of the push there is nothing to undo, and nothing is done."""
-    with suppress(ValueError):  # a generator closed by another task, or by the garbage collector
-        _current.reset(token)
-
-
-class _Link(NamedTuple):
-    """One scope in the chain of those around a piece of code. The chain is never changed, only grown at its end."""
-
-    provider: ReasonsProvider
-    outer: _Link | None
-    fence: Fence | None = None
-
-
-_current: ContextVar[_Link | None] = ContextVar("penstock_reasons", default=None)
+        if self._stopped_more:
+            yield f"  stopped with it: {self._stopped_more:,} more"
 
 
 def _running_task() -> asyncio.Task[Any]:
@@ -259,7 +258,7 @@ def _is_between_tasks(loop: asyncio.AbstractEventLoop | None) -> bool:
 
 
 def _check_trigger(trigger: object) -> None:
-    if not isinstance(trigger, Trigger):
+    if isinstance(trigger, type) or not isinstance(trigger, Trigger):
         raise TypeError(
             f"Fence takes triggers, got {trigger!r}: wrap seconds in TimeoutTrigger, an asyncio.Event in EventTrigger"
         )
@@ -271,8 +270,3 @@ def _as_reason(reason: object, code: str | None) -> CancelReason:
     if reason is not None and not isinstance(reason, str):
         raise TypeError(f"Fence.cancel takes a text, a CancelReason or nothing, got {reason!r}")
     return CancelReason(reason or "cancelled by hand", CancelType.MANUAL, code, origin="Fence.cancel")
-
-
-def _describe(reason: CancelReason) -> str:
-    code = "" if reason.code is None else f", code {reason.code!r}"
-    return f"{reason.message} ({reason.cancel_type.value}{code})"

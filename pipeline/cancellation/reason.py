@@ -7,8 +7,10 @@ the messages that asyncio attaches to a cancelled task are never relied upon.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 __all__ = ["CancelReason", "CancelType"]
 
@@ -23,17 +25,49 @@ class CancelType(Enum):
     ERROR = "error"
     PARENT = "parent"
     """The task, scope or pipeline around this one was stopped."""
+    FENCE = "fence"
+    """Another fence was left."""
+    PIPELINE = "pipeline"
+    """Another pipeline's run has ended."""
+    MEMORY = "memory"
+    DISCONNECT = "disconnect"
+    """The client that asked for the work has gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class CancelReason:
-    """One reason to stop. `origin` names the stage, trigger or caller; `at` is the time in seconds since the epoch."""
+    """One reason to stop. `origin` names the stage, trigger or caller; `at` is the time in seconds since the epoch.
+
+    `causes` are the reasons behind this one, in order: those of the fence or pipeline whose end it reports.
+    Two reasons are equal when message, type and code are.
+    """
 
     message: str
     cancel_type: CancelType = CancelType.MANUAL
     code: str | None = None
     origin: str | None = field(default=None, compare=False)
     at: float = field(default_factory=time.time, compare=False)
+    causes: tuple[CancelReason, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return self.message
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain strings, numbers and lists, ready for JSON."""
+        return {
+            "message": self.message,
+            "cancel_type": self.cancel_type.value,
+            "code": self.code,
+            "origin": self.origin,
+            "at": self.at,
+            "causes": [cause.to_dict() for cause in self.causes],
+        }
+
+    def lines(self) -> Iterator[str]:
+        """The reason in words, and indented below it the reasons behind it."""
+        code = "" if self.code is None else f", code {self.code!r}"
+        yield f"{self.message} ({self.cancel_type.value}{code})"
+        for cause in self.causes:
+            first, *rest = cause.lines()
+            yield f"  because: {first}"
+            yield from (f"  {line}" for line in rest)

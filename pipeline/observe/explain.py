@@ -41,8 +41,9 @@ def _lines(report: RunReport) -> Iterator[str]:
     if report.reasons:
         for position, reason in enumerate(report.reasons):
             word = "It stopped because" if position == 0 else "Then also"
-            code = f" [{reason.code}]" if reason.code else ""
-            yield f"{word}: {reason.message} ({reason.cancel_type.value}){code}."
+            first, *causes = reason.lines()
+            yield f"{word}: {first}."
+            yield from causes
     for stage in report.stages:
         yield from _stage_lines(stage)
     if report.discarded:

@@ -1,0 +1,84 @@
+"""The scopes around a piece of code, innermost first: what `get_current_reasons()` asks.
+
+The rule kept here: the chain is never changed, only grown at its inner end, in a context variable. So every task and
+thread sees the scopes around the place where it was started, and leaving a scope in one task changes no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from contextvars import ContextVar, Token
+from typing import NamedTuple, Protocol, TypeAlias
+
+from .reason import CancelReason
+
+__all__ = ["ReasonsProvider", "Scope", "Story", "get_current_reasons", "pop_reasons", "push_reasons", "tell_who_stopped"]
+
+ReasonsProvider: TypeAlias = Callable[[], tuple[CancelReason, ...]]
+"""Gives the reasons known by now; called at any time, from any thread, and must not block."""
+
+Story: TypeAlias = Callable[[], Iterable[str]]
+"""What became of something that was stopped, in lines; asked when somebody reads the tree."""
+
+
+class Scope(Protocol):
+    """Something that stops the code inside it, and keeps account of whom it stopped."""
+
+    @property
+    def interrupting(self) -> bool:
+        """Whether it has begun to stop what is inside."""
+        ...
+
+    def add_stopped(self, story: Story) -> None:
+        """Something inside was stopped by it."""
+        ...
+
+
+class Link(NamedTuple):
+    """One scope, and the ones around it."""
+
+    provider: ReasonsProvider
+    outer: Link | None
+    scope: Scope | None = None
+
+
+_current: ContextVar[Link | None] = ContextVar("penstock_reasons", default=None)
+
+
+def get_current_reasons() -> tuple[CancelReason, ...]:
+    """Why the code that asks is being stopped: the reasons of the fences and pipelines around it, innermost first.
+
+    Empty as long as nothing fired. Tasks inherit what surrounded the place where they were created; a thread does so
+    if it was started with a copy of the context, as `asyncio.to_thread` does. In a worker process it gives the
+    pipeline's reasons.
+    """
+    return tuple(reason for link in _outwards(_current.get()) for reason in link.provider())
+
+
+def push_reasons(provider: ReasonsProvider, scope: Scope | None = None) -> Token[Link | None]:
+    """Let `get_current_reasons()` ask `provider` as well, here and in every task created from here on."""
+    return _current.set(Link(provider, _current.get(), scope))
+
+
+def pop_reasons(token: Token[Link | None]) -> None:
+    """Undo a `push_reasons`. In another context than that of the push there is nothing to undo, and nothing is done."""
+    with suppress(ValueError):  # a generator closed by another task, or by the garbage collector
+        _current.reset(token)
+
+
+def tell_who_stopped(story: Story) -> None:
+    """Tell the innermost scope around this code that is stopping its inside what that has stopped.
+
+    The scopes further out learn of it through that one.
+    """
+    for link in _outwards(_current.get()):
+        if link.scope is not None and link.scope.interrupting:
+            link.scope.add_stopped(story)
+            return
+
+
+def _outwards(link: Link | None) -> Iterator[Link]:
+    while link is not None:
+        yield link
+        link = link.outer
