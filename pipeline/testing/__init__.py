@@ -1,0 +1,5 @@
+"""For test suites: nothing left behind."""
+
+from .leaks import LeakCheck, assert_no_leaks
+
+__all__ = ["LeakCheck", "assert_no_leaks"]
