@@ -13,7 +13,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
 from .assembly import Assembly, Link, Sink
-from .cancellation.current import get_current_reasons, pop_reasons, push_reasons, tell_who_stopped
+from .cancellation.current import Stopped, get_current_reasons, pop_reasons, push_reasons, tell_who_stopped
 from .cancellation.reason import CancelReason, CancelType
 from .cancellation.signals import SignalTrigger
 from .metrics import Ledger, violations
@@ -52,6 +52,8 @@ class Run:
         self._arrivals: Counter[int] = Counter()
         self._log = log
         self._supervisor: asyncio.Task[None] | None = None
+        self.stopped = Stopped()
+        """Fences inside handlers that were left because the run stopped."""
         self._over: asyncio.Future[None] | None = None
         """What `watch` waits for."""
 
@@ -72,7 +74,7 @@ class Run:
             runtime.on_requests = self._log_requests
             self._logger().info("pipeline started", stages=[seat.name for seat in runtime.assembly.seats])
         # Tasks and threads copy the context in which they are started: code deep inside a handler can ask for the reasons.
-        token = push_reasons(lambda: runtime.reasons)
+        token = push_reasons(lambda: runtime.reasons, self)
         try:
             runtime.supervisor = self._supervisor = runtime.start_task(
                 self._oversee(runtime.assembly), name="supervisor", on_end=self._tell
@@ -141,6 +143,11 @@ class Run:
 
     # --- the conclusion
 
+    @property
+    def interrupting(self) -> bool:
+        """Whether the code inside, in the handlers, is being stopped."""
+        return self.runtime.cancelled
+
     def _story(self) -> Iterator[str]:
         """For the scope around that has stopped this run."""
         result = self.runtime.closed.result() if self.runtime.closed.done() else None
@@ -149,6 +156,7 @@ class Run:
             yield f"pipeline {self.runtime.name!r}: stopping"
         else:
             yield f"pipeline {report.name!r}: {report.outcome}, {report.pulled} taken from the source, {report.delivered} delivered"
+        yield from self.stopped.lines()
 
     def _tell(self, *_: object) -> None:
         if self._over is not None and not self._over.done():

@@ -1189,8 +1189,8 @@ async def test_the_tree_tells_what_fired_first_what_followed_and_what_was_stoppe
     assert re.sub(r"\d\.\d{3}", "0.000", outer.explain()).splitlines() == [
         "fence in task 'request': client left (manual): body interrupted",
         "  0.000 s later: shutdown (manual)",
-        "  stopped with it: fence in task 'llm': timed out after 0s (timeout, code 'slow'): body interrupted",
         "  stopped with it: fence in task 'llm': no reason of its own",
+        "    stopped with it: fence in task 'llm': timed out after 0s (timeout, code 'slow'): body interrupted",
     ]
     await balanced()
 

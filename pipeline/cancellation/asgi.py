@@ -100,6 +100,7 @@ class ClientConnection:
             await self._send(message)
         except OSError as error:  # how a server says that the connection is closed
             self._client_left(f"the client has disconnected: {describe(error)}")
+            await asyncio.sleep(0)  # a fence that waits for this interrupts here, and need not handle the error as well
             raise
 
     async def _read(self) -> None:

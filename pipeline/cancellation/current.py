@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from .reason import CancelReason
 
-__all__ = ["ReasonsProvider", "Scope", "Story", "get_current_reasons", "pop_reasons", "push_reasons", "tell_who_stopped"]
+__all__ = ["ReasonsProvider", "Scope", "Stopped", "Story", "get_current_reasons", "pop_reasons", "push_reasons", "tell_who_stopped"]
 
 ReasonsProvider: TypeAlias = Callable[[], tuple[CancelReason, ...]]
 """Gives the reasons known by now; called at any time, from any thread, and must not block."""
@@ -22,16 +22,42 @@ Story: TypeAlias = Callable[[], Iterable[str]]
 """What became of something that was stopped, in lines; asked when somebody reads the tree."""
 
 
+_SAMPLE = 100
+"""Scopes inside another of which it keeps the story when they are stopped; of more, the number."""
+
+
+class Stopped:
+    """What was stopped inside a scope, from within or from outside."""
+
+    def __init__(self) -> None:
+        self._stories: list[Story] = []
+        self._more = 0
+
+    def add(self, story: Story) -> None:
+        """One scope more."""
+        if len(self._stories) < _SAMPLE:
+            self._stories.append(story)
+        else:
+            self._more += 1
+
+    def lines(self) -> Iterator[str]:
+        """In words, indented."""
+        for story in self._stories:
+            first, *rest = story()
+            yield f"  stopped with it: {first}"
+            yield from (f"  {line}" for line in rest)
+        if self._more:
+            yield f"  stopped with it: {self._more:,} more"
+
+
 class Scope(Protocol):
-    """Something that stops the code inside it, and keeps account of whom it stopped."""
+    """Something that may stop the code inside it."""
+
+    stopped: Stopped
 
     @property
     def interrupting(self) -> bool:
-        """Whether it has begun to stop what is inside."""
-        ...
-
-    def add_stopped(self, story: Story) -> None:
-        """Something inside was stopped by it."""
+        """Whether it has begun to."""
         ...
 
 
@@ -68,14 +94,10 @@ def pop_reasons(token: Token[Link | None]) -> None:
 
 
 def tell_who_stopped(story: Story) -> None:
-    """Tell the innermost scope around this code that is stopping its inside what that has stopped.
-
-    The scopes further out learn of it through that one.
-    """
-    for link in _outwards(_current.get()):
-        if link.scope is not None and link.scope.interrupting:
-            link.scope.add_stopped(story)
-            return
+    """If a scope around this code is stopping its inside: tell the innermost scope, whose tree is part of that one's."""
+    scopes = [link.scope for link in _outwards(_current.get()) if link.scope is not None]
+    if any(scope.interrupting for scope in scopes):
+        scopes[0].stopped.add(story)
 
 
 def _outwards(link: Link | None) -> Iterator[Link]:

@@ -18,15 +18,12 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from .current import Story, pop_reasons, push_reasons, tell_who_stopped
+from .current import Stopped, pop_reasons, push_reasons, tell_who_stopped
 from .ending import Ending
 from .reason import CancelReason, CancelType
 from .triggers import Trigger
 
 __all__ = ["Fence"]
-
-_SAMPLE = 100
-"""Scopes inside a fence of which it keeps the story when it stops them; of more, the number."""
 
 
 class Fence:
@@ -58,8 +55,7 @@ class Fence:
         self._pending: asyncio.Handle | None = None
         self._delivered = False
         self._caught = False
-        self._stopped: list[Story] = []  # of what is inside this fence, and was stopped by it; a sample
-        self._stopped_more = 0
+        self.stopped = Stopped()
         self._ending: Ending | None = None
 
     @property
@@ -133,19 +129,12 @@ class Fence:
             tell_who_stopped(self._lines)
         return ours
 
-    # --- what scopes inside ask and tell
+    # --- what scopes inside ask
 
     @property
     def interrupting(self) -> bool:
         """Whether the cancellation of the body was requested by this fence."""
         return self._delivered
-
-    def add_stopped(self, story: Story) -> None:
-        """Something inside was stopped by this fence."""
-        if len(self._stopped) < _SAMPLE:
-            self._stopped.append(story)
-        else:
-            self._stopped_more += 1
 
     # --- hearing and interrupting
 
@@ -229,12 +218,7 @@ class Fence:
             else:
                 yield f"  {reason.at - self.reasons[0].at:.3f} s later: {first}"
             yield from (f"  {line}" for line in causes)
-        for story in self._stopped:
-            first, *rest = story()
-            yield f"  stopped with it: {first}"
-            yield from (f"  {line}" for line in rest)
-        if self._stopped_more:
-            yield f"  stopped with it: {self._stopped_more:,} more"
+        yield from self.stopped.lines()
 
 
 def _running_task() -> asyncio.Task[Any]:
