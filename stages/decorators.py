@@ -79,6 +79,8 @@ class _Bare(Protocol):
         teardown: Callable[[WorkerState], Any] | None = None,
         resources: Mapping[str, Any] | None = None,
         name: str | None = None,
+        max_items: int | None = None,
+        max_memory: int | None = None,
     ) -> StageDecorator: ...
 
 

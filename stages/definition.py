@@ -6,6 +6,7 @@ The rule kept here: every option is checked when the stage is declared, so that 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -30,6 +31,8 @@ In = TypeVar("In", contravariant=True)
 Out = TypeVar("Out", covariant=True)
 Next = TypeVar("Next")
 
+_LEAST_MEMORY = 16 << 20
+"""Bytes: less than a worker takes before it has done anything, so it must be meant in other units."""
 DEFAULT_CAPACITY = 64
 """Items that wait in front of a stage, when `buffer` does not say: enough to make hand-overs cheap, small in memory."""
 
@@ -42,6 +45,10 @@ class StageOptions:
     `ordered`: keep the input's order. `buffer`: capacity of the inbound edge, in items. `on_error`, `error_handler`,
     `max_failures`: what becomes of failed items. `retry`: attempts, or a `Retry`. `timeout`: seconds for one attempt.
     `setup`, `teardown`: run once per worker, with its state.
+
+    For `run_in="process"` only: `max_items`: after so many items a worker is replaced by a fresh one. `max_memory`: bytes
+    that one worker process may take, `512 * 2**20` for instance; an item that needs more fails with `MemoryError`, and a
+    worker that keeps much of it between two items is replaced. Nothing is lost when a worker is replaced.
     """
 
     concurrency: int = 1
@@ -57,6 +64,8 @@ class StageOptions:
     teardown: Callable[[WorkerState], Any] | None = None
     resources: Mapping[str, Any] | None = None
     name: str | None = None
+    max_items: int | None = None
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         if not _is_count(self.concurrency, 1):
@@ -74,7 +83,22 @@ class StageOptions:
             raise StageConfigError("resources= needs a scheduler, which is not available yet; leave it out")
         FailureRule.check(self.on_error, self.error_handler, self.max_failures)
         as_retry(self.retry)
-        as_placement(self.run_in)
+        self._check_limits(as_placement(self.run_in).kind)
+
+    def _check_limits(self, kind: str) -> None:
+        """What only a worker process has."""
+        if self.max_items is not None and not _is_count(self.max_items, 1):
+            raise StageConfigError(f"max_items is the number of items after which a worker is replaced: a whole number, 1 or more, not {self.max_items!r}")
+        if self.max_memory is not None and not _is_count(self.max_memory, _LEAST_MEMORY):
+            raise StageConfigError(
+                f"max_memory is a whole number of bytes for one worker process, {_LEAST_MEMORY:,} or more, not {self.max_memory!r}; "
+                "for 512 MiB write 512 * 2**20"
+            )
+        for option in ("max_items", "max_memory"):
+            if getattr(self, option) is not None and kind != "process":
+                raise StageConfigError(f'{option} is for worker processes, which can be replaced; it needs run_in="process", not {kind!r}')
+        if self.max_memory is not None and sys.platform != "linux":
+            raise StageConfigError("max_memory is kept by the Linux kernel and not available on this system; leave it out, or use max_items")
 
 
 def _is_count(value: Any, least: int) -> bool:

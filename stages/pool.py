@@ -58,6 +58,8 @@ class PoolNode:
                 took=seat.counters.latency.add,
                 ready=self._ring,
                 broke=self._desk.broke,
+                max_items=options.max_items,
+                max_memory=options.max_memory,
             )
         )
 

@@ -45,6 +45,10 @@ class Control(StopToken, Protocol):
         """The clock may stop: the handler is not at work."""
         ...
 
+    def out_of_memory(self) -> None:
+        """The handler has raised a `MemoryError`: a limit, if there is one, must leave room for saying so."""
+        ...
+
     def send(self, output: Any) -> None:
         """Hand on one of many outputs; waits for room, raises `WorkerStopped` when there will be none."""
         ...
@@ -127,6 +131,8 @@ class Performer:
                         return
                 return
             except BaseException as error:  # see `_attempt`
+                if isinstance(error, MemoryError):
+                    control.out_of_memory()
                 outcome = Outcome(error=error, trace=traceback.format_exc())
                 if error.__traceback__ is not None:
                     error.__traceback__ = error.__traceback__.tb_next  # this frame holds the results, and so the error
@@ -153,6 +159,8 @@ class Performer:
             return Outcome(error=stop)
         except BaseException as error:
             # BaseException: a handler's SystemExit must fail its item, not end the worker with other items in hand.
+            if isinstance(error, MemoryError):
+                self._control.out_of_memory()
             if self._expired and isinstance(error, TimeoutError):
                 error = TimeoutError(f"the attempt took more than {self._handler.timeout:g} s")
             return Outcome(error=error, trace=traceback.format_exc(), timed_out=self._expired and isinstance(error, TimeoutError))

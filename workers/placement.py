@@ -60,7 +60,11 @@ class InProcess:
     """In worker processes: for functions that compute.
 
     `start_method` is "forkserver" or "spawn"; "fork" is refused, for a forked copy of a program with threads can hang.
-    `restarts` is how many workers in a row may die without one item finished before the stage gives up.
+    `restarts` is the budget for replacing workers that die, for each of the stage's `concurrency`: as many may die in a
+    row without any worker finishing an item between them. The first replacement comes at once, the others after 0.05 s,
+    0.1 s and so on, up to 1 s. When the budget is used up, what is left of the input fails with `WorkerLostError`, by
+    the stage's policy. Workers killed for their item's `timeout`, or replaced for `max_items` or `max_memory`, use up
+    nothing.
     """
 
     kind: ClassVar[str] = "process"

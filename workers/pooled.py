@@ -90,6 +90,10 @@ class Order:
     """A worker may take more."""
     broke: Callable[[BaseException, str], None]
     """`setup` or `teardown` has raised (the second argument says which), or workers cannot start."""
+    max_items: int | None = None
+    """Items that a worker process handles before another one takes its place."""
+    max_memory: int | None = None
+    """Bytes that a worker process may take."""
 
 
 class Pace:

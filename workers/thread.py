@@ -291,6 +291,9 @@ class _Worker:
     def attempt_ends(self) -> None:
         self.began = 0.0
 
+    def out_of_memory(self) -> None:
+        """Threads have no limit of their own."""
+
     def send(self, output: Any) -> None:
         """Hand on one output of a generator; waits while `PARTIAL_LIMIT` have not left downstream yet."""
         job = self.job

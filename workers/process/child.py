@@ -23,15 +23,20 @@ from operator import length_hint
 from time import monotonic_ns, perf_counter
 from typing import Any
 
+from multiprocess import forkserver as mp_forkserver
 from multiprocess import process as mp_process
 
+from pipeline.cancellation.current import push_reasons
 from pipeline.cancellation.reason import CancelReason
 
 from ..base import Outcome, WorkerState
 from ..performer import Performer, WorkerStopped
 from ..pooled import PARTIAL_LIMIT
+from . import voice
 from .arena import Arena
+from .faults import Exit
 from .handlers import unpack_handler
+from .limit import MemoryLimit
 from .packer import SCALARS, Packer, RefusedError, UnreadableError, portable
 from .shared import ChildEnd, SharedWords
 from .wire import Frame, FrameReader, frame
@@ -60,18 +65,25 @@ Run = tuple[int, list[Any], bool]
 
 def main(
     pipes: tuple[ChildEnd, ChildEnd],
+    voices: tuple[ChildEnd, ...],
+    levels: dict[str, int],
     words: SharedWords,
     arenas: tuple[Arena | None, Arena | None],
     handler: bytes,
     stage: str,
     number: int,
+    max_memory: int | None,
 ) -> None:
     """The process's whole life. Of `pipes` and `arenas` the first leads down to it, the second up to its parent."""
+    _close_alive()
+    for pipe in pipes:
+        pipe.keep()
+    voice.begin([end.number for end in voices], levels)
     os.environ.pop("PYTHONSAFEPATH", None)  # it was for this process's start, not for what a handler starts
     # Ctrl-C in a terminal reaches the whole group; what it means is the parent's decision.
     # SIGTERM may be meant for the whole group as well, and a drain shall lose nothing: it counts once the parent has
     # told this process to stop.
-    child = _Child(pipes, words, arenas, stage, number)
+    child = _Child(pipes, words, arenas, stage, number, None if max_memory is None else MemoryLimit(max_memory))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, child.terminate)
     if hasattr(signal, "pthread_sigmask"):
@@ -80,6 +92,15 @@ def main(
     config: dict[str, Any] = mp_process.current_process()._config
     config["daemon"] = False
     child.live(handler)
+
+
+def _close_alive() -> None:
+    # Every child of the fork server could end it, and with it the news of all others' ends, by one byte to this
+    # descriptor. It is not needed here: a worker does not outlive its parent, which keeps the fork server alive.
+    server: Any = mp_forkserver._forkserver
+    if server._forkserver_pid is None and server._forkserver_alive_fd is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
 
 
 _BOXES: frozenset[type] = frozenset({tuple})
@@ -94,7 +115,11 @@ class _Child:
         arenas: tuple[Arena | None, Arena | None],
         stage: str,
         number: int,
+        limit: MemoryLimit | None,
     ) -> None:
+        self._limit = limit
+        self._worn = False
+        """It has said that another worker shall take its place."""
         self._down, self._up = (end.number for end in pipes)
         down, up = arenas
         self._packer = Packer(up, down)
@@ -136,19 +161,27 @@ class _Child:
     def live(self, handler: bytes) -> None:
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         what = "handler"
+        push_reasons(lambda: self.reasons)  # for good: code deep inside a handler can ask why, as it can in the loop
         try:
             loaded = unpack_handler(handler)
             self._performer = performer = Performer(loaded, self._state, self)
             self._call, self._simple = loaded.bound(self._state), loaded.simple
             what = "setup"
             performer.open()
+            if self._limit is not None:
+                self._limit.hold()
             self._write(frame(Frame.READY, self._takes_blocks))
+            what = "worker"
             self._work(performer)
+            self.out_of_memory()  # what follows is not an item's
             what = "teardown"
             performer.close()
         except _HungUp:
             return  # leave quietly
         except BaseException as error:
+            if what == "worker" and isinstance(error, MemoryError):
+                os._exit(Exit.OUT_OF_MEMORY)
+            self.out_of_memory()
             with contextlib.suppress(_HungUp):
                 self._write(frame(Frame.BROKEN, (what, self._packer.box(portable(error)))))
 
@@ -179,6 +212,9 @@ class _Child:
             self._stride = max(self._stride // 4, 1) if spent > _FLUSH / 2 else min(self._stride * 2, _STRIDE)
             if now - self._flushed > _FLUSH:
                 self._flush()
+            if self._limit is not None and self._limit.worn() and not self._worn:
+                self._worn = True
+                self._write(frame(Frame.WORN, None))
         self._flush()
         self._words[SharedWords.ITEM] = 0
 
@@ -193,6 +229,8 @@ class _Child:
             item = self._packer.open(boxed)
         except RefusedError as error:
             raise TypeError(str(error)) from None
+        except MemoryError:
+            raise
         except Exception as error:  # an item's own unpickling code may raise anything
             raise UnreadableError(f"{type(error).__name__}: {error}") from None
         return self._call(item)
@@ -205,6 +243,9 @@ class _Child:
             item = self._packer.open(boxed)
         except RefusedError as error:
             return self._packer.box_outcome(Outcome(error=TypeError(str(error)), attempts=attempt))
+        except MemoryError as error:
+            self.out_of_memory()
+            return self._packer.box_outcome(Outcome(error=error, attempts=attempt))
         except Exception as error:  # likewise
             return self._packer.box_outcome(Outcome(error=UnreadableError(f"{type(error).__name__}: {error}")))
         self._credit, self._credits = PARTIAL_LIMIT, queue.SimpleQueue()
@@ -223,6 +264,9 @@ class _Child:
         if not isinstance(result, Outcome):
             try:
                 return self._packer.box(result)
+            except MemoryError as error:
+                self.out_of_memory()
+                return self._packer.box_outcome(Outcome(error=error))
             except Exception:  # a result's own pickling code may raise anything; once more, to say what
                 result = Outcome(result)
         return self._packer.box_outcome(result)
@@ -249,6 +293,11 @@ class _Child:
 
     def attempt_ends(self) -> None:
         self._words[SharedWords.BEGAN] = 0
+
+    def out_of_memory(self) -> None:
+        """An item has reached the limit, or the items are over: what is to be done now may take what it needs."""
+        if self._limit is not None:
+            self._limit.lift()
 
     def send(self, output: Any) -> None:
         """One output of a generator; waits, off the attempt's clock, while too many have not left downstream."""
@@ -284,6 +333,15 @@ class _Child:
     # --- the reader thread
 
     def _read(self) -> None:
+        """Without this thread the process would hear of nothing, so it ends when this does, whatever the reason."""
+        try:
+            self._listen()
+        except MemoryError:
+            os._exit(Exit.OUT_OF_MEMORY)
+        except BaseException:  # the handler has closed descriptors that are not its own
+            os._exit(1)
+
+    def _listen(self) -> None:
         parent = mp_process.parent_process()
         poll = select.poll()
         poll.register(self._down, select.POLLIN | select.POLLHUP)

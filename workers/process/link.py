@@ -11,9 +11,7 @@ import atexit
 import contextlib
 import fcntl
 import os
-import signal
 import sys
-import tempfile
 import threading
 import weakref
 from collections import deque
@@ -21,35 +19,25 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
-import multiprocess
-from multiprocess import resource_tracker
-
-from pipeline.errors import PipelineError
+from pipeline.observe.logs import get_logger
 from pipeline.runtime import PipelineRuntime, ProcessLike
 
-from . import child
+from . import faults, voice
 from .arena import Arena
-from .handlers import main_is_importable
+from .launch import explained, is_importing_main, launch
 from .memory import Memory
+from .output import WorkerOutput
 from .packer import Packer
 from .shared import ChildEnd, SharedWords
 from .wire import Frame, FrameReader, frame
 
 __all__ = ["WorkerLink", "program_is_ending"]
 
-_SAFE_PATH = "PYTHONSAFEPATH"
 _CHUNK = 1 << 18
 _PIPE_SIZE = 1 << 20
 _NOT_YET: Any = object()
 _REAP = 1.0
 """Seconds for a killed process to be reaped."""
-_PRELOAD = ["workers.process.child", "asyncio", "dill", "multiprocess.connection", "multiprocess.reduction"]
-"""Imported once by the fork server, so that a worker starts in a few milliseconds."""
-
-_multiprocess: Any = multiprocess  # its functions are made at import, out of a type checker's sight
-_starting = threading.Lock()
-"""Starting a process changes the signal mask and, the first time, starts the fork server: one at a time."""
-
 
 _ending = threading.Event()
 _alive: weakref.WeakSet[WorkerLink] = weakref.WeakSet()
@@ -77,24 +65,29 @@ class WorkerLink:
     def __init__(
         self,
         runtime: PipelineRuntime,
-        name: str,
+        stage: str,
+        number: int,
         method: str,
-        arguments: tuple[bytes, str, int],
+        handler: bytes,
+        max_memory: int | None,
         memory: Memory,
         *,
         on_frame: Callable[[WorkerLink, Frame, Any], None],
         on_end: Callable[[WorkerLink, int | None, BaseException | None], None],
     ) -> None:
         self._runtime = runtime
-        self._name = name
+        self.number = number
+        self._name = f"{stage}:worker-{number}"
         self._on_frame = on_frame
         self._on_end = on_end
         self.ready = False
         """Its `setup` is done."""
         self.last_item = self.last_attempt = 0
         """Of the shared words, when it ended."""
-        self._context: Any = _multiprocess.get_context(method)
-        self._arguments = arguments
+        self.garbled = False
+        """It was killed because something else than frames came from it."""
+        self._method = method
+        self._arguments = (handler, stage, number, max_memory)
         self._process: Any = None
         self._out: deque[memoryview] = deque()
         self._writing = False
@@ -107,6 +100,7 @@ class WorkerLink:
         self._up, child_out = _pipe()
         self._child_ends = (ChildEnd(child_in), ChildEnd(child_out))
         self._open = {self._down, self._up}
+        self.output = WorkerOutput(runtime.name, stage, number)
         self._reading = False
         self._lock = threading.Lock()
         self._launched: Any = _NOT_YET
@@ -126,26 +120,23 @@ class WorkerLink:
 
     def start(self) -> None:
         """Start the process; `on_end` tells if that fails."""
-        if getattr(_multiprocess.current_process(), "_inheriting", False):
-            error = PipelineError(
-                "a worker process is importing the main program, and that starts a pipeline again; "
-                'put the start under `if __name__ == "__main__":`'
-            )
-            self._start_failed(error)
-            return
+        if is_importing_main():
+            _refuse()
         self._runtime.at_end.append(self._disown)
         self._runtime.start_thread(self._launch, name=f"{self._name}:start")
 
     def _launch(self) -> None:
         try:
-            arguments = (self._child_ends, self._words, self._arenas, *self._arguments)
-            with _starting, _signals_blocked(), _main_hidden():
-                if self._context.get_start_method() == "forkserver":
-                    self._context.set_forkserver_preload(_PRELOAD)
-                with _safe_path():
-                    process = self._runtime.start_process(self._context, child.main, arguments, name=self._name)
+            voices = self.output.child_ends
+            process = launch(
+                self._runtime,
+                self._method,
+                (self._child_ends, voices, voice.levels(), self._words, self._arenas, *self._arguments),
+                name=self._name,
+                voices=tuple(end.number for end in voices),
+            )
         except BaseException as error:
-            self._hand_over(None, partial(self._start_failed, _explained(error)))
+            self._hand_over(None, partial(self._start_failed, explained(error)))
         else:
             self._hand_over(process, partial(self._started, process))
 
@@ -174,6 +165,7 @@ class WorkerLink:
         self._close_child_ends()
         for descriptor in list(self._open):
             self._close(descriptor)
+        self.output.close()
         self._close_memory()
 
     def _take_over(self) -> bool:
@@ -197,6 +189,7 @@ class WorkerLink:
         os.set_blocking(self._down, False)
         os.set_blocking(self._up, False)
         self._runtime.register_process(cast("ProcessLike", process), on_end=self._ended)
+        self.output.listen(process.pid)
         asyncio.get_running_loop().add_reader(self._up, self._read)
         self._reading = True
         self._write()
@@ -255,9 +248,21 @@ class WorkerLink:
         except BlockingIOError:
             return
         if not chunk:
+            # It is ending; or its handler has closed what it found, and nothing that it does can come here any more.
             self._stop_reading()
+            self.kill()
             return
-        for kind, content in self._reader.feed(chunk):
+        self._take(chunk)
+
+    def _take(self, chunk: bytes) -> None:
+        try:
+            frames = self._reader.feed(chunk)
+        except Exception:  # whatever it is that the handler has written to a descriptor that is not its own
+            self.garbled = True
+            self._stop_reading()
+            self.kill()
+            return
+        for kind, content in frames:
             self._on_frame(self, kind, content)
 
     def _stop_reading(self) -> None:
@@ -268,6 +273,9 @@ class WorkerLink:
     # --- the end
 
     def _ended(self) -> None:
+        if self._process.exitcode is None:  # its sentinel is a pipe, and the handler may have closed that
+            self._process.kill()
+            self._process.join(_REAP)
         while self._reading:  # its last words: what it had written before it ended
             try:
                 chunk = os.read(self._up, _CHUNK)
@@ -275,13 +283,14 @@ class WorkerLink:
                 break
             if not chunk:
                 break
-            for kind, content in self._reader.feed(chunk):
-                self._on_frame(self, kind, content)
+            self._take(chunk)
+        self.output.finish()
         self.last_item, self.last_attempt = self.words[SharedWords.ITEM], self.words[SharedWords.ATTEMPT]
         exit_code: int | None = self._process.exitcode
         _alive.discard(self)
         self._release()
-        self._process.close()
+        if exit_code is not None:
+            self._process.close()
         self._on_end(self, exit_code, None)
 
     def _release(self) -> None:
@@ -290,6 +299,7 @@ class WorkerLink:
         self._out.clear()
         self._close(self._up)
         self._close(self._down)
+        self.output.close()
         self._close_memory()
 
     def _close_child_ends(self) -> None:
@@ -312,13 +322,14 @@ class WorkerLink:
             os.close(descriptor)
 
 
-def _explained(error: BaseException) -> BaseException:
-    if isinstance(error, OSError) and "AF_UNIX path too long" in str(error):
-        return PipelineError(
-            f"the fork server's socket cannot be made: the path of the directory for temporary files, {tempfile.gettempdir()!r}, "
-            'is too long; set TMPDIR to a shorter one, or use run_in=InProcess(start_method="spawn")'
-        )
-    return error
+def _refuse() -> None:
+    # This is a worker itself, and the program that it imports goes on as if it were the first. It must not: what that
+    # program does would be done once for each worker.
+    if not voice.has_begun():  # else the parent says it, once
+        get_logger().error(str(faults.no_guard()))
+    with contextlib.suppress(Exception):  # whatever stands for stdout
+        sys.stdout.flush()
+    os._exit(faults.Exit.NO_GUARD)
 
 
 def _discard(process: Any) -> None:
@@ -334,48 +345,3 @@ def _pipe() -> tuple[int, int]:
     with contextlib.suppress(OSError, AttributeError):  # a larger pipe is faster; the default one works
         fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
     return reading, writing
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Any:
-    # Inherited by the fork server and its children, until they have set their own handling: a Ctrl-C that reaches a
-    # worker while it starts must not print a traceback there, and a SIGTERM to the whole group must not end the fork
-    # server, which tells how its children fare.
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # first, for its start ends with unblocking SIGINT
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _safe_path() -> Any:
-    # The fork server imports this package by name; a folder in the current directory must not take its place.
-    before = os.environ.get(_SAFE_PATH)
-    os.environ[_SAFE_PATH] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_SAFE_PATH]
-        else:
-            os.environ[_SAFE_PATH] = before
-
-
-@contextlib.contextmanager
-def _main_hidden() -> Any:
-    # A program read from standard input has a `__file__` that does not exist, and starting a process would try to
-    # import it. What such a program defines travels by value instead.
-    main = sys.modules["__main__"]
-    if main_is_importable() or "__file__" not in vars(main):
-        yield
-        return
-    path = vars(main).pop("__file__")
-    try:
-        yield
-    finally:
-        vars(main)["__file__"] = path

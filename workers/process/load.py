@@ -18,8 +18,12 @@ __all__ = ["Load"]
 class Load:
     """The parcels that one worker holds, the one at work first."""
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, which: int) -> None:
         self.handler = handler
+        self.which = which
+        """The handler's place among the stage's."""
+        self.given = 0
+        """Items that it got and did not give back."""
         self.parcels: deque[Parcel] = deque()
         self.held = 0
         """Items that are not finished."""
@@ -33,6 +37,8 @@ class Load:
         """It was killed because its item took too long."""
         self.broken = False
         """It has said why it ends."""
+        self.leaving = False
+        """It gets nothing more, and ends when it has finished."""
         self._next = 0
 
     def add(self, parcel: Parcel) -> None:
@@ -40,6 +46,7 @@ class Load:
         parcel.first = self._next
         self._next += len(parcel.items)
         self.held += len(parcel.items)
+        self.given += len(parcel.items)
         self.parcels.append(parcel)
 
     def finished(self, items: int) -> None:
@@ -81,7 +88,9 @@ class Load:
             taken.append(last.split(number - last.first))
             if last.complete:
                 self.parcels.pop()
-        self.held -= sum(len(parcel.items) for parcel in taken)
+        items = sum(len(parcel.items) for parcel in taken)
+        self.held -= items
+        self.given -= items
         return taken
 
     def take_all(self, at_work: int) -> tuple[list[Parcel], Parcel | None]:

@@ -6,8 +6,8 @@ The rules kept here:
   finished and whose results had not left the worker yet, at most a few milliseconds' worth, are done again.)
 - No item waits behind a slow one while another worker is idle: what has not begun is called back.
 - Descriptors on this side never block, so that two full pipes can never wait for each other.
-- Workers that die without finishing anything are replaced a bounded number of times; one that cannot even start fails
-  the run with the cause.
+
+Who the workers are, and how they are replaced, is the business of `staff`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,16 @@ from functools import partial
 from time import monotonic_ns
 from typing import Any
 
-from pipeline.errors import WorkerLostError
-
 from ..base import Handler, Outcome
 from ..parcel import Parcel
 from ..pooled import HOLD_LIMIT, Job, Order, Pace
 from . import faults
-from .handlers import pack_handler
-from .link import WorkerLink, program_is_ending
+from .link import WorkerLink
 from .load import Load
 from .memory import Memory
 from .packer import SCALARS, is_unreadable, unreadable
 from .shared import SharedWords
+from .staff import Staff
 from .wire import Frame
 
 __all__ = ["ProcessExecutor"]
@@ -44,8 +42,6 @@ _SLOW = 0.02
 and no item waits behind another while a worker is free."""
 _LOOK = 0.005
 """Seconds between two looks at whether items wait behind a slow one while a worker is idle."""
-_BACKOFF = 0.05
-"""Seconds before the second replacement in a row; doubles up to one second."""
 
 
 class ProcessExecutor:
@@ -53,31 +49,24 @@ class ProcessExecutor:
 
     def __init__(self, order: Order, start_method: str, restarts: int) -> None:
         self._order = order
-        self._method = start_method
-        self._restarts = restarts
-        self._packed = [pack_handler(order.stage, handler) for handler in order.handlers]
-        self._loads: dict[WorkerLink, Load] = {}
         self._backlog: deque[Parcel] = deque()
         self._memory = Memory()
-        self._number = 0
-        self._deaths = 0
+        self._staff = Staff(order, self, self._memory, start_method, restarts)
+        self._loads = self._staff.loads
         self._given = 0
         self._pace = Pace()
         self._hold = self._size = 1
         """Items that one worker may have, the one at work included; items in one parcel."""
         self._adapt()
-        self._hopeless: WorkerLostError | None = None
         self._closing = False
         self._aborted = False
-        self._all_gone: asyncio.Future[None] | None = None
         self._clock: asyncio.TimerHandle | None = None
         self._looking: asyncio.TimerHandle | None = None
 
     # --- what the stage asks
 
     def start(self) -> None:
-        for _ in range(self._order.concurrency):
-            self._hire()
+        self._staff.start()
 
     @property
     def capacity(self) -> int:
@@ -86,7 +75,7 @@ class ProcessExecutor:
     def room(self) -> int:
         if self._aborted:
             return 0
-        if self._hopeless is not None:
+        if self._staff.hopeless:
             return HOLD_LIMIT
         room = self.capacity - self._given
         # Less than a parcel's worth means that every worker still has one.
@@ -104,20 +93,14 @@ class ProcessExecutor:
     async def close(self) -> None:
         self._closing = True
         self._stop()
-        for link in self._loads:
-            link.hang_up()
-        if self._loads:
-            self._all_gone = asyncio.get_running_loop().create_future()
-            await self._all_gone  # a `teardown` may take its time; a stop cancels this wait
+        await self._staff.close()
 
     def abort(self) -> None:
         if self._aborted:
             return
         self._aborted = True
         self._stop()
-        for link in self._loads:
-            link.send(Frame.CANCEL, self._order.runtime.reasons)
-            link.hang_up()
+        self._staff.abort()
 
     def _adapt(self) -> None:
         slow = not self._pace.known or self._pace.mean > _SLOW
@@ -131,33 +114,15 @@ class ProcessExecutor:
         weight = self._pace.weight
         return self._pace.items_in(_TARGET, limit if weight <= 0 else min(limit, max(int(_WEIGHT / weight), 1)))
 
-    # --- workers come
-
-    def _hire(self) -> None:
-        number = self._number
-        self._number += 1
-        load = Load(self._order.handlers[number % len(self._order.handlers)])
-        link = WorkerLink(
-            self._order.runtime,
-            f"{self._order.stage}:worker-{number}",
-            self._method,
-            (self._packed[number % len(self._packed)], self._order.stage, number),
-            self._memory,
-            on_frame=self._obey,
-            on_end=self._ended,
-        )
-        self._loads[link] = load
-        link.start()
-
     # --- parcels go
 
     def _hand_out(self) -> None:
         """Give the backlog to the workers, evenly, each no more than it may hold."""
-        if self._hopeless is not None:
-            self._fail_backlog(self._hopeless)
-        ready = [(link, load) for link, load in self._loads.items() if link.ready and not load.doomed]
+        if self._staff.hopeless:
+            self._fail_backlog()
+        ready = self._staff.available()
         # While some are still starting, nobody gets a second item that one of them could begin at once.
-        hold = self._hold if len(ready) == len(self._loads) else 1
+        hold = self._hold if self._staff.complete else 1
         backlog = self._backlog
         while backlog and ready:
             link, load = min(ready, key=_held)
@@ -167,12 +132,19 @@ class ProcessExecutor:
             parcel = backlog.popleft()
             idle = sum(not other.held for _, other in ready)
             # The last ones are shared among all that have nothing to do.
-            size = min(space, -(-len(parcel.items) // max(idle - len(backlog), 1)))
+            size = min(space, -(-len(parcel.items) // max(idle - len(backlog), 1)), self._left_of(load))
             if size < len(parcel.items):
                 backlog.appendleft(parcel.split(size))
             self._give(link, load, parcel)
+            if self._left_of(load) <= 0:
+                self._staff.replace(link, load)
+                ready = self._staff.available()
         self._watch_clock()
         self._look_later()
+
+    def _left_of(self, load: Load) -> int:
+        """How many more items a worker may have in its life."""
+        return HOLD_LIMIT if self._order.max_items is None else self._order.max_items - load.given
 
     def _give(self, link: WorkerLink, load: Load, parcel: Parcel) -> None:
         load.add(parcel)
@@ -194,21 +166,25 @@ class ProcessExecutor:
 
     # --- news comes
 
-    def _obey(self, link: WorkerLink, kind: Frame, content: Any) -> None:
+    def obey(self, link: WorkerLink, kind: Frame, content: Any) -> None:
         load = self._loads.get(link)
         if load is None or self._aborted:
             return
         if kind is Frame.RESULTS:
             self._results(link, load, *content)
-            self._deaths = 0
+            self._staff.budget.refill()
+            self._staff.let_go(link, load)
             self._hand_out()
         elif kind is Frame.OUTPUTS:
             self._outputs(link, load, *content)
         elif kind is Frame.READY:
-            link.is_ready(takes_blocks=content)
+            self._staff.is_ready(link, takes_blocks=content)
             self._hand_out()
         elif kind is Frame.RETURNED:
             self._called_back(load, content)
+            self._staff.let_go(link, load)
+        elif kind is Frame.WORN:
+            self._worn(link, load)
         elif kind is Frame.BROKEN:
             what, packed = content
             load.broken = True
@@ -216,6 +192,13 @@ class ProcessExecutor:
                 what = "loading the handler"
             self._order.broke(link.packer.open_error(packed), what)
         self._order.ready()
+
+    def _worn(self, link: WorkerLink, load: Load) -> None:
+        """A worker keeps too much memory: what it has not begun is for others."""
+        if load.held and not load.recalled:
+            load.recalled = True
+            link.send(Frame.RECALL, None)
+        self._staff.replace(link, load)
 
     def _results(self, link: WorkerLink, load: Load, first: int, results: list[Any], boxed: bool, seconds: float) -> None:
         """More is finished of the parcel that a worker is at."""
@@ -284,7 +267,7 @@ class ProcessExecutor:
     def _look(self) -> None:
         """Call back what has not begun from workers that make no progress, if another one has nothing to do."""
         self._looking = None
-        idle = any(link.ready and not load.held for link, load in self._loads.items())
+        idle = any(not load.held for _, load in self._staff.available())
         for link, load in self._loads.items():
             if idle and not self._backlog and load.held > 1 and load.results == load.seen and not load.recalled:
                 load.recalled = True
@@ -300,36 +283,12 @@ class ProcessExecutor:
 
     # --- workers go
 
-    def _ended(self, link: WorkerLink, exit_code: int | None, error: BaseException | None) -> None:
-        """A worker is gone, its last results are in, and its descriptors are closed."""
-        load = self._loads.pop(link)
-        if not (self._aborted or program_is_ending()):
-            if load.parcels or not self._closing:
-                self._bury(link, load, exit_code, error)
+    def gone(self) -> None:
+        if not self._aborted:
+            self._hand_out()
             self._order.ready()
-        if not self._loads and self._all_gone is not None and not self._all_gone.done():
-            self._all_gone.set_result(None)
 
-    def _bury(self, link: WorkerLink, load: Load, exit_code: int | None, error: BaseException | None) -> None:
-        if load.broken:
-            return  # the run is failing for that reason already
-        if not link.ready and (error is not None or (exit_code or 0) >= 0):
-            self._order.broke(error or faults.not_started(self._order.stage, exit_code), "starting a worker process")
-            return
-        self._take_back(link, load, exit_code)
-        self._deaths += 1
-        if self._deaths > max(self._restarts, 1) * self._order.concurrency:
-            self._give_up()
-        elif not self._closing:
-            delay = 0.0 if self._deaths == 1 else min(_BACKOFF * 2.0 ** min(self._deaths - 2, 10), 1.0)
-            asyncio.get_running_loop().call_later(delay, self._replace)
-        self._hand_out()
-
-    def _replace(self) -> None:
-        if not (self._aborted or self._closing or self._hopeless is not None or program_is_ending()):
-            self._hire()
-
-    def _take_back(self, link: WorkerLink, load: Load, exit_code: int | None) -> None:
+    def left(self, link: WorkerLink, load: Load, exit_code: int | None) -> None:
         """The item at work is lost, or has timed out; the others go back to the head of the backlog, in order."""
         left, lost = load.take_all(link.last_item - 1)
         self._backlog.extendleft(reversed(left))
@@ -342,7 +301,7 @@ class ProcessExecutor:
         if load.doomed:
             self._overran(lost, load.handler, attempt, attempts)
         else:
-            cause = faults.lost(self._order.stage, exit_code)
+            cause = faults.lost(self._order.stage, exit_code, garbled=link.garbled, max_memory=self._order.max_memory)
             self._fail(lost, Outcome(error=cause, attempts=attempts, retried=attempts - attempt, lost=True))
 
     def _overran(self, lost: Parcel, handler: Handler, attempt: int, attempts: int) -> None:
@@ -365,16 +324,9 @@ class ProcessExecutor:
             self._backlog.appendleft(parcel)
             self._hand_out()
 
-    def _give_up(self) -> None:
-        """Workers die faster than they finish anything: fail what is there and what comes, by the stage's policy."""
-        self._hopeless = faults.hopeless(self._order.stage, self._deaths)
-        for link, load in self._loads.items():
-            if not load.parcels:
-                link.hang_up()
-
-    def _fail_backlog(self, error: WorkerLostError) -> None:
-        if any(load.parcels or not link.ready for link, load in self._loads.items()):
-            return  # somebody may still do it
+    def _fail_backlog(self) -> None:
+        """No worker will take these."""
+        error = faults.hopeless(self._order.stage, self._staff.budget.deaths)
         while self._backlog:
             parcel = self._backlog.popleft()
             for _ in parcel.items:

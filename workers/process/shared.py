@@ -6,6 +6,7 @@ exactly which item it was at.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import tempfile
@@ -31,7 +32,7 @@ class SharedWords:
         if descriptor is None:
             descriptor = _anonymous_file()
             os.ftruncate(descriptor, self._SIZE)
-        self._descriptor = descriptor
+        self._descriptor: int | None = descriptor
         self._map = mmap.mmap(descriptor, self._SIZE)
         self.words = memoryview(self._map).cast("Q")
 
@@ -39,7 +40,13 @@ class SharedWords:
         """Let the memory and the descriptor go."""
         self.words.release()
         self._map.close()
-        os.close(self._descriptor)
+        self.close_descriptor()
+
+    def close_descriptor(self) -> None:
+        """The memory stays, without this. Idempotent."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def __reduce__(self) -> tuple[Callable[[Any], SharedWords], tuple[Any]]:
         # Only while a process is being started: the descriptor travels with it.
@@ -47,7 +54,9 @@ class SharedWords:
 
 
 def _attach_words(duplicate: Any) -> SharedWords:
-    return SharedWords(duplicate.detach())
+    words = SharedWords(duplicate.detach())
+    words.close_descriptor()  # a handler that writes to every descriptor must not write here
+    return words
 
 
 class ChildEnd:
@@ -58,6 +67,12 @@ class ChildEnd:
 
     def close(self) -> None:
         os.close(self.number)
+
+    def keep(self) -> None:
+        """In the process: let no other one inherit it, and leave the numbers of the standard streams to these."""
+        number = fcntl.fcntl(self.number, fcntl.F_DUPFD_CLOEXEC, 3)
+        os.close(self.number)
+        self.number = number
 
     def __reduce__(self) -> tuple[Callable[[Any], ChildEnd], tuple[Any]]:
         return (_attach_end, (reduction.DupFd(self.number),))

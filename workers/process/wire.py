@@ -1,6 +1,7 @@
 """What goes over the pipes between the parent and a worker process: frames.
 
-The rule kept here: what is unpickled comes from the library's own children, over descriptors that nobody else has.
+The rule kept here: what is unpickled comes from the library's own children, over descriptors that nobody else has, and
+begins as a frame does.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import struct
 from enum import IntEnum
 from typing import Any
 
-__all__ = ["Frame", "FrameReader", "frame"]
+__all__ = ["Frame", "FrameReader", "GarbledError", "frame"]
 
 
 class Frame(IntEnum):
@@ -34,15 +35,23 @@ class Frame(IntEnum):
     """Up: the items from this number on have not begun, and will not."""
     BROKEN = 9
     """Up: (what, error): `setup`, `teardown`, or the handler could not be loaded."""
+    WORN = 10
+    """Up: this worker keeps so much memory that another one shall take its place."""
 
 
-_HEADER = struct.Struct("<QB")
+_HEADER = struct.Struct("<IBQ")
+_MARK = 0x5EA1F00D
+"""Begins every frame, so that what a handler writes to all descriptors that it finds is not taken for one."""
+
+
+class GarbledError(Exception):
+    """What has come is not a frame."""
 
 
 def frame(kind: Frame, content: Any) -> bytes:
     """One frame, ready to write. `content` is made of packed values and scalars only, so this cannot fail."""
     body = pickle.dumps(content, pickle.HIGHEST_PROTOCOL)
-    return _HEADER.pack(len(body), kind) + body
+    return _HEADER.pack(_MARK, kind, len(body)) + body
 
 
 class FrameReader:
@@ -52,13 +61,15 @@ class FrameReader:
         self._buffer = bytearray()
 
     def feed(self, chunk: bytes) -> list[tuple[Frame, Any]]:
-        """The frames that this chunk completes."""
+        """The frames that this chunk completes. Raises when they are none; no more must be fed then."""
         buffer = self._buffer
         buffer += chunk
         frames: list[tuple[Frame, Any]] = []
         start = 0
         while len(buffer) - start >= _HEADER.size:
-            length, kind = _HEADER.unpack_from(buffer, start)
+            mark, kind, length = _HEADER.unpack_from(buffer, start)
+            if mark != _MARK:
+                raise GarbledError
             end = start + _HEADER.size + length
             if len(buffer) < end:
                 break
