@@ -18,7 +18,7 @@ from .feeds import Feed
 from .metrics import Counters, Ledger, read_ledger
 from .pace import Pacer
 from .policy import ErrorPolicy
-from .protocols import Divisible, Inlet, Node, Outlet, Seat, StageLike, Wires
+from .protocols import Divisible, Inlet, Node, Outlet, Outside, Seat, StageLike, Wires
 from .runtime import PipelineRuntime
 from .source import Source
 
@@ -177,6 +177,12 @@ class Assembly:
         if not placed.inlet.ended:
             self.cut(placed.seats[0].index - 1)
             placed.inlet.abort()
+
+    @property
+    def outside(self) -> bool:
+        """Whether threads or processes are at work: what happens next is not in the loop's hands."""
+        parts = (self._feed, *(placed.node for placed in self._placed))
+        return any(isinstance(part, Outside) and part.outside for part in parts)
 
     # --- taking apart
 

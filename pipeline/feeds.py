@@ -81,6 +81,10 @@ class WaitingFeed:
             self._hand.stop()
         self._channel.abort()
 
+    @property
+    def outside(self) -> bool:
+        return self._hand is not None and self._hand.pulling
+
     def settle(self) -> None:
         if self._hand is not None:
             self._discard(self._hand.leftover())
@@ -210,6 +214,11 @@ class _Hand:
     def outstanding(self) -> int:
         """Items granted that have not been passed on yet."""
         return self._granted - self._arrived
+
+    @property
+    def pulling(self) -> bool:
+        """Whether the thread is inside the iterator, to pull or to close, and not waiting for room."""
+        return not self._ended and (self._stopped or self.outstanding > len(self.items))
 
     def take(self, limit: int) -> list[Any]:
         """What has arrived, up to so many."""

@@ -122,6 +122,16 @@ class Divisible(Protocol):
         ...
 
 
+@runtime_checkable
+class Outside(Protocol):
+    """A node or a feed that has threads or processes."""
+
+    @property
+    def outside(self) -> bool:
+        """Whether they are at work now, and not waiting for something to do."""
+        ...
+
+
 class Pullable(Protocol):
     """A node that may make its outputs when they are asked for, in the consumer's own time."""
 

@@ -292,6 +292,9 @@ class PipelineRuntime:
         """The run begins, on this loop and thread."""
         self.loop = loop
         self._thread = threading.get_ident()
+        watch = getattr(loop, "watch_real_work", None)  # a loop with a clock of its own, see `testing.clock`
+        if watch is not None:
+            watch(self)
 
     # --- internals: the registers
 
@@ -422,6 +425,16 @@ class PipelineRuntime:
             else:
                 await asyncio.wait((pulse,), timeout=remaining)
         return True
+
+    @property
+    def outside(self) -> bool:
+        """Whether threads or processes are at work for this run now: until they are done, time is real."""
+        assembly = self.assembly
+        if assembly is None or self.ended is not None:
+            return False
+        if (self._cancelled or assembly.done) and (self.processes or self._left_threads()):
+            return True  # they have been asked to end
+        return assembly.outside
 
     @property
     def idle(self) -> bool:

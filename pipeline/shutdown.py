@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from time import monotonic
 
 from .assembly import Assembly
 from .cancellation.reason import CancelReason, CancelType
@@ -74,9 +73,11 @@ class _Supervisor:
 
     async def _wait(self, condition: Callable[[], bool], seconds: float | None) -> bool:
         """Wait, and take a cancellation of this very task (a loop that is shut down) for a request to stop."""
-        deadline = None if seconds is None else monotonic() + seconds
+        # The loop's own clock, like every other wait in it: under a virtual one a grace passes at once.
+        clock = asyncio.get_running_loop().time
+        deadline = None if seconds is None else clock() + seconds
         while True:
-            remaining = None if deadline is None else max(0.0, deadline - monotonic())
+            remaining = None if deadline is None else max(0.0, deadline - clock())
             try:
                 return await self._runtime.wait_for(condition, remaining)
             except asyncio.CancelledError:

@@ -75,6 +75,10 @@ class PoolNode:
     def abort(self) -> None:
         self._executor.abort()
 
+    @property
+    def outside(self) -> bool:
+        return self._executor.busy
+
     async def _dispatch(self) -> None:
         """Wait for items while there is room, and for room (in which `_ring` moves items) while there is none."""
         inlet, outlet = self._wires.inlet, self._wires.outlet

@@ -136,11 +136,13 @@ def is_being_cancelled(error: BaseException) -> bool:
 class _Clock:
     """Counts the time of one attempt, and ends an await that takes more than what is left of it."""
 
-    __slots__ = ("_began", "_limit", "expired", "held", "seconds")
+    __slots__ = ("_ahead", "_began", "_limit", "expired", "held", "seconds")
 
     def __init__(self, limit: float | None) -> None:
         self._limit = limit
         self._began = 0.0
+        self._ahead = 0.0
+        """Seconds that the loop's clock, if it is a virtual one, has gained on ours."""
         self.seconds = 0.0
         self.held = 0.0
         self.expired = False
@@ -169,7 +171,9 @@ class _Clock:
         """Await, within the limit."""
         if self._limit is None:
             return await value
-        scope = asyncio.timeout(max(0.0, self._limit - self.seconds))
+        scope = asyncio.timeout(max(0.0, self._limit - self.seconds - self._ahead))
+        time = asyncio.get_running_loop().time
+        lead = time() - perf_counter()
         try:
             async with scope:
                 return await value
@@ -177,5 +181,7 @@ class _Clock:
             if scope.expired():
                 raise self.error() from None
             raise
+        finally:
+            self._ahead += time() - perf_counter() - lead
 
 

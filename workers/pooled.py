@@ -132,6 +132,11 @@ class Executor(Protocol):
         """How many items the workers may hold at once, as things are."""
         ...
 
+    @property
+    def busy(self) -> bool:
+        """Whether a worker has something to do that takes real time: an item, its start, or its end."""
+        ...
+
     def room(self) -> int:
         """How many more items may be handed over now: none, while a few more would only make a small parcel."""
         ...

@@ -68,6 +68,10 @@ class ThreadExecutor:
             for _ in range(self.order.concurrency):
                 self._hire()
 
+    @property
+    def busy(self) -> bool:
+        return self._given > 0 or (bool(self._workers) and (self._closing or self._aborted))
+
     def room(self) -> int:
         room = self.capacity - self._given
         # Less than a parcel's worth means that every thread still has one.

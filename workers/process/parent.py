@@ -72,6 +72,11 @@ class ProcessExecutor:
     def capacity(self) -> int:
         return self._order.concurrency * self._hold
 
+    @property
+    def busy(self) -> bool:
+        loads = self._loads
+        return self._given > 0 or (bool(loads) and (self._closing or self._aborted)) or not all(link.ready for link in loads)
+
     def room(self) -> int:
         if self._aborted:
             return 0
