@@ -21,6 +21,8 @@ from typing import Any
 
 import psutil
 
+from pipeline import CancelReason
+
 ROOT = Path(__file__).resolve().parent.parent
 
 LIMIT = 20.0
@@ -141,6 +143,32 @@ class Tracked:
         self.threads.add(threading.get_ident())
         self.closes += 1
         self.closed.set()
+
+
+# --- triggers
+
+
+class Heard:
+    """A callback that keeps what it was told, and lets a test wait for it instead of sleeping."""
+
+    def __init__(self) -> None:
+        self.reasons: list[CancelReason] = []
+        self._news = asyncio.Event()
+
+    def __call__(self, reason: CancelReason) -> None:
+        self.reasons.append(reason)
+        self._news.set()
+
+    async def next(self) -> CancelReason:
+        await self._news.wait()
+        self._news.clear()
+        return self.reasons[-1]
+
+
+async def turns(count: int = 3) -> None:
+    """Let everything that is ready now run, and what that makes ready."""
+    for _ in range(count):
+        await asyncio.sleep(0)
 
 
 # --- the laws of the ledger, contract §5, written down again

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from helpers import Heard, turns
 
 from pipeline.cancellation import (
     CancelReason,
@@ -23,24 +23,7 @@ from pipeline.cancellation import (
     TriggerHandle,
 )
 
-USR1, USR2 = signal.SIGUSR1, signal.SIGUSR2
-
-
-class Heard:
-    """A callback that keeps what it was told, and lets a test wait for it instead of sleeping."""
-
-    def __init__(self) -> None:
-        self.reasons: list[CancelReason] = []
-        self._news = asyncio.Event()
-
-    def __call__(self, reason: CancelReason) -> None:
-        self.reasons.append(reason)
-        self._news.set()
-
-    async def next(self) -> CancelReason:
-        await self._news.wait()
-        self._news.clear()
-        return self.reasons[-1]
+USR1 = signal.SIGUSR1
 
 
 class CountedEvent(asyncio.Event):
@@ -56,12 +39,6 @@ class CountedEvent(asyncio.Event):
             self.waiting -= 1
 
 
-async def turns(count: int = 3) -> None:
-    """Let everything that is ready now run, and what that makes ready."""
-    for _ in range(count):
-        await asyncio.sleep(0)
-
-
 @pytest.fixture
 def timers(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[asyncio.TimerHandle]]:
     """The timers of this test that are neither cancelled nor due; call it inside the test."""
@@ -75,19 +52,6 @@ def timers(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[asyncio.TimerHa
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "call_at", call_at)
     return lambda: [t for t in made if not t.cancelled() and t.when() > asyncio.get_running_loop().time()]
-
-
-@pytest.fixture
-def handler() -> Iterator[Callable[..., None]]:
-    """A handler of the program's own for SIGUSR1 and SIGUSR2, which must be in place again at the end."""
-
-    def own(_signum: int, _frame: object) -> None:
-        pass
-
-    before = {signum: signal.signal(signum, own) for signum in (USR1, USR2)}
-    yield own
-    found = [signal.signal(signum, previous) for signum, previous in before.items()]
-    assert found == [own, own]
 
 
 # --- the contract
@@ -299,242 +263,3 @@ def test_something_that_is_no_event_is_a_type_error(event: Any) -> None:
 def test_a_threading_event_is_a_type_error_that_says_what_to_do() -> None:
     with pytest.raises(TypeError, match=r"call_soon_threadsafe\(event\.set\)"):
         EventTrigger(threading.Event())  # type: ignore[arg-type]
-
-
-# --- signals
-
-
-@pytest.mark.asyncio
-@pytest.mark.usefixtures("handler")
-async def test_a_signal_calls_back_at_every_arrival_and_the_reasons_tell_them_apart() -> None:
-    heard = Heard()
-    trigger = SignalTrigger(USR1, USR2, code="stop")
-    handle = trigger.arm(heard)
-    for signum in (USR1, USR1, USR2):
-        signal.raise_signal(signum)
-        await heard.next()
-    handle.disarm()
-    assert [reason.message for reason in heard.reasons] == [
-        "received SIGUSR1",
-        "received SIGUSR1 (signal number 2 since armed)",
-        "received SIGUSR2 (signal number 3 since armed)",
-    ]
-    assert {(reason.cancel_type, reason.code) for reason in heard.reasons} == {(CancelType.SIGNAL, "stop")}
-    assert trigger.check() is None
-
-
-@pytest.mark.asyncio
-@pytest.mark.usefixtures("handler")
-async def test_a_signal_wakes_a_loop_that_sleeps() -> None:
-    heard = Heard()
-    handle = SignalTrigger(USR1).arm(heard)
-    killer = threading.Thread(target=os.kill, args=(os.getpid(), USR1))
-    asyncio.get_running_loop().call_soon(killer.start)
-    await heard.next()
-    killer.join()
-    handle.disarm()
-
-
-@pytest.mark.asyncio
-async def test_all_triggers_on_one_signal_fire_and_the_last_to_disarm_restores(handler: Callable[..., None]) -> None:
-    first, second = Heard(), Heard()
-    one, two = SignalTrigger(USR1).arm(first), SignalTrigger(USR1, USR2).arm(second)
-    signal.raise_signal(USR1)
-    await first.next()
-    await second.next()
-
-    one.disarm()
-    assert signal.getsignal(USR1) is not handler
-    signal.raise_signal(USR1)
-    await second.next()
-
-    two.disarm()
-    two.disarm()
-    assert signal.getsignal(USR1) is handler
-    assert (len(first.reasons), len(second.reasons)) == (1, 2)
-
-
-@pytest.mark.asyncio
-async def test_each_arming_counts_its_own_arrivals(handler: Callable[..., None]) -> None:
-    trigger, early, late = SignalTrigger(USR1), Heard(), Heard()
-    one = trigger.arm(early)
-    signal.raise_signal(USR1)
-    await early.next()
-    two = trigger.arm(late)
-    signal.raise_signal(USR1)
-    await late.next()
-    one.disarm()
-    two.disarm()
-    assert late.reasons == [early.reasons[0]]
-
-
-@pytest.mark.asyncio
-async def test_ctrl_c_is_a_keyboard_interrupt_again_after_the_disarm() -> None:
-    before, heard = signal.getsignal(signal.SIGINT), Heard()
-    handle = SignalTrigger(signal.SIGINT).arm(heard)
-    signal.raise_signal(signal.SIGINT)
-    await heard.next()
-    handle.disarm()
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.asyncio
-@pytest.mark.usefixtures("handler")
-async def test_a_listener_may_disarm_another_that_is_then_not_called() -> None:
-    second = Heard()
-
-    def disarm_second(_reason: CancelReason) -> None:
-        two.disarm()
-        told.set()
-
-    told = asyncio.Event()
-    one = SignalTrigger(USR1).arm(disarm_second)
-    two = SignalTrigger(USR1).arm(second)
-    signal.raise_signal(USR1)
-    await told.wait()
-    await turns()
-    one.disarm()
-    assert second.reasons == []
-
-
-@pytest.mark.asyncio
-@pytest.mark.usefixtures("handler")
-async def test_a_signal_that_came_before_the_disarm_is_not_reported_after_it() -> None:
-    heard = Heard()
-    handle = SignalTrigger(USR1).arm(heard)
-    signal.raise_signal(USR1)
-    handle.disarm()
-    await turns(5)
-    assert heard.reasons == []
-
-
-@pytest.mark.asyncio
-@pytest.mark.usefixtures("handler")
-async def test_a_listener_that_raises_is_reported_and_keeps_the_signal_from_nobody() -> None:
-    def fail(_reason: CancelReason) -> None:
-        raise ValueError("boom")
-
-    reported: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: reported.append(context))
-    heard = Heard()
-    one, two = SignalTrigger(USR1).arm(fail), SignalTrigger(USR1).arm(heard)
-    signal.raise_signal(USR1)
-    await heard.next()
-    one.disarm()
-    two.disarm()
-    assert [str(context["exception"]) for context in reported] == ["boom"]
-
-
-@pytest.mark.asyncio
-async def test_the_loops_own_signal_handler_is_called_beside_ours_and_survives_it(handler: Callable[..., None]) -> None:
-    loop, own, heard = asyncio.get_running_loop(), asyncio.Event(), Heard()
-    loop.add_signal_handler(USR1, own.set)
-    handle = SignalTrigger(USR1).arm(heard)
-    signal.raise_signal(USR1)
-    await heard.next()
-    await own.wait()
-
-    handle.disarm()
-    own.clear()
-    signal.raise_signal(USR1)
-    await own.wait()
-    assert len(heard.reasons) == 1
-    loop.remove_signal_handler(USR1)
-    signal.signal(USR1, handler)
-
-
-@pytest.mark.asyncio
-async def test_a_handler_put_over_ours_stays(handler: Callable[..., None]) -> None:
-    def theirs(_signum: int, _frame: object) -> None:
-        pass
-
-    handle = SignalTrigger(USR1).arm(lambda reason: None)
-    signal.signal(USR1, theirs)
-    handle.disarm()
-    assert signal.signal(USR1, handler) is theirs
-
-
-class WithoutSignals(asyncio.SelectorEventLoop):
-    """A loop like those of other systems."""
-
-    def add_signal_handler(self, sig: int, callback: Any, *args: Any) -> None:
-        raise NotImplementedError
-
-
-def test_signals_arrive_where_the_loop_cannot_handle_them_itself(handler: Callable[..., None]) -> None:
-    async def main() -> None:
-        heard = Heard()
-        handle = SignalTrigger(USR1, USR2).arm(heard)
-        for signum in (USR1, USR2):
-            killer = threading.Thread(target=os.kill, args=(os.getpid(), signum))
-            asyncio.get_running_loop().call_soon(killer.start)
-            await heard.next()
-            killer.join()
-        handle.disarm()
-        assert len(heard.reasons) == 2
-        assert signal.getsignal(USR1) is handler
-
-    with asyncio.Runner(loop_factory=WithoutSignals) as runner:
-        runner.run(main())
-
-
-@pytest.mark.parametrize("loop_factory", [asyncio.SelectorEventLoop, WithoutSignals])
-@pytest.mark.usefixtures("handler")
-def test_a_handle_may_outlive_its_loop_and_still_restores(loop_factory: Callable[[], Any]) -> None:
-    async def main() -> TriggerHandle:
-        return SignalTrigger(USR1).arm(lambda reason: None)
-
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
-        handle = runner.run(main())
-    if loop_factory is WithoutSignals:
-        signal.raise_signal(USR1)  # nobody is there to hear it, and nothing is raised
-    handle.disarm()
-
-
-def test_when_one_of_the_signals_cannot_be_had_the_others_are_given_back(handler: Callable[..., None]) -> None:
-    class Choosy(asyncio.SelectorEventLoop):
-        def add_signal_handler(self, sig: int, callback: Any, *args: Any) -> None:
-            if sig == USR2:
-                raise OSError("not this one")
-            super().add_signal_handler(sig, callback, *args)
-
-    async def main() -> None:
-        with pytest.raises(OSError, match="not this one"):
-            SignalTrigger(USR1, USR2).arm(lambda reason: None)
-        assert signal.getsignal(USR1) is handler
-
-    with asyncio.Runner(loop_factory=Choosy) as runner:
-        runner.run(main())
-
-
-@pytest.mark.asyncio
-async def test_arming_a_signal_outside_the_main_thread_is_an_error_that_says_what_to_do() -> None:
-    async def main() -> None:
-        with pytest.raises(RuntimeError, match=r"main thread.*EventTrigger"):
-            SignalTrigger(USR1).arm(lambda reason: None)
-
-    await asyncio.to_thread(asyncio.run, main())
-
-
-def test_no_signals_are_a_value_error() -> None:
-    with pytest.raises(ValueError, match="at least one signal"):
-        SignalTrigger()
-
-
-@pytest.mark.parametrize("signum", ["SIGTERM", None, True])
-def test_something_that_is_no_signal_is_a_type_error(signum: Any) -> None:
-    with pytest.raises(TypeError, match=r"signal\.SIGTERM"):
-        SignalTrigger(signum)
-
-
-@pytest.mark.parametrize(("signum", "advice"), [(0, "signal.Signals"), (signal.SIGKILL, "use SIGTERM or SIGINT")])
-def test_a_signal_that_cannot_be_caught_is_a_value_error(signum: int, advice: str) -> None:
-    with pytest.raises(ValueError, match=advice):
-        SignalTrigger(signum)
-
-
-def test_a_signal_trigger_shows_how_it_was_made() -> None:
-    trigger = SignalTrigger(USR1, USR1, USR2, code="stop", drain=True)
-    assert trigger.signals == (USR1, USR2)
-    assert trigger.drain
-    assert repr(trigger) == "SignalTrigger(SIGUSR1, SIGUSR2, code='stop', drain=True)"

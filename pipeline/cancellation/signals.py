@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -59,6 +60,7 @@ class SignalTrigger(Trigger):
         """
         listener = partial(self._arrived, callback, count(1))
         with ExitStack() as listening:  # when the second signal cannot be had, the first is given back
+            listening.callback(_Waker.share())
             for signum in self.signals:
                 listening.callback(_SignalHub.add(signum, listener))
             return TriggerHandle(listening.pop_all().close)
@@ -96,9 +98,10 @@ class _HandingOver:
 class _SignalHub:
     """All that listens to one signal: the first listener installs a handler, the last restores.
 
-    Installed and restored in the main thread only; listeners come and go in any, which takes no lock: a dict changes
-    atomically. Signals that arrive faster than the kernel or the interpreter hands them out may count as one; that is
-    so for every handler in Python.
+    Installed and restored in the main thread only; listeners come and go in any. There is no lock, which a signal handler
+    could find taken by the very code that it has interrupted: a dict changes atomically, and every step below leaves a
+    state in which a signal may arrive. Signals that arrive faster than the kernel or the interpreter hands them out may
+    count as one; that is so for every handler in Python.
     """
 
     _hubs: ClassVar[dict[int, _SignalHub]] = {}
@@ -107,23 +110,28 @@ class _SignalHub:
         self._signum = signum
         self._listeners: dict[object, Callable[[int], None]] = {}
         self._previous: Any = None  # Any: a function, a number or any callable object
-        self._loops: list[asyncio.AbstractEventLoop] = []
 
     @classmethod
     def add(cls, signum: int, listener: Callable[[int], None]) -> Callable[[], None]:
         """Call `listener` at every arrival; the function returned ends that."""
-        hub = cls._hubs.get(signum)
-        if threading.current_thread() is threading.main_thread():
-            hub = hub or cls(signum)
-            hub._install()
-            cls._hubs[signum] = hub
-        elif hub is None:
-            raise RuntimeError(
-                "SignalTrigger can only be armed in the main thread, where Python delivers signals: arm it there, "
-                "or hold() it there, or set an asyncio.Event from there and use EventTrigger here"
-            )
         key = object()
-        hub._listeners[key] = listener
+        if threading.current_thread() is threading.main_thread():
+            hub = cls._hubs.get(signum) or cls(signum)
+            hub._listeners[key] = listener  # before the handler is there: who arrives meanwhile finds somebody
+            try:
+                hub._install()
+            except BaseException:
+                hub._remove(key)
+                raise
+        else:
+            hub = cls._hubs.get(signum)
+            if hub is not None:
+                hub._listeners[key] = listener
+            if hub is None or cls._hubs.get(signum) is not hub:  # not there, or let go of at this moment
+                raise RuntimeError(
+                    "SignalTrigger can only be armed in the main thread, where Python delivers signals: arm it there, "
+                    "or hold() it there, or set an asyncio.Event from there and use EventTrigger here"
+                )
         return partial(hub._remove, key)
 
     def _remove(self, key: object) -> None:
@@ -133,23 +141,14 @@ class _SignalHub:
             self._restore()
 
     def _install(self) -> None:
-        """Put our handler in place, and have the loop that runs here woken by a file descriptor.
-
-        Without that, a signal that arrives just before the loop goes to sleep waits until something else wakes it. The
-        loop's own handlers would not do: they are callbacks, and a blocked loop calls none.
-        """
         current = signal.getsignal(self._signum)
-        if current != self._arrived and not any(loop.is_closed() for loop in self._loops):  # a closed one has reset it
+        if current != self._arrived:
             self._previous = current
-        loop = _running_loop()
-        if loop is not None and loop not in self._loops and not _belongs_to_a_loop(current):
-            with suppress(RuntimeError):  # NotImplementedError among them: this loop cannot
-                loop.add_signal_handler(self._signum, _nothing)
-                self._loops.append(loop)
+        self._hubs[self._signum] = self
         signal.signal(self._signum, self._arrived)
 
     def _arrived(self, signum: int, frame: object) -> None:
-        # We may be anywhere in the main thread, in the middle of the loop's own code too.
+        # We may be anywhere in the main thread, in the middle of the loop's own code too, or of ours.
         if not self._listeners:
             self._restore()
             signal.raise_signal(signum)  # it was for whoever was here before us
@@ -159,15 +158,75 @@ class _SignalHub:
                 listener(signum)
 
     def _restore(self) -> None:
-        del self._hubs[self._signum]
-        # Whoever put a handler over ours keeps it. A closed loop has reset the handler, which is nobody's wish.
-        current = signal.getsignal(self._signum)
-        ours = current == self._arrived or any(loop.is_closed() for loop in self._loops)
-        target = self._previous if ours else current
-        for loop in self._loops:
-            loop.remove_signal_handler(self._signum)  # sets the default action: for a moment, no way around it
-        # None is a handler that was not installed from Python, and that Python cannot put back.
-        signal.signal(self._signum, signal.SIG_DFL if target is None else target)
+        self._hubs.pop(self._signum, None)
+        if self._listeners:  # another thread has found us in the last moment
+            self._hubs[self._signum] = self
+        elif signal.getsignal(self._signum) == self._arrived:  # else somebody has put a handler over ours, and keeps it
+            # None is a handler that was not installed from Python, and that Python cannot put back.
+            signal.signal(self._signum, signal.SIG_DFL if self._previous is None else self._previous)
+
+
+class _Waker:
+    """Has a loop of the main thread wake up for signals; shared by all who want that for the same loop.
+
+    A signal that arrives just before the loop goes to sleep, or that the kernel gives to another thread, would wait until
+    something else wakes the loop. Rejected: `loop.add_signal_handler`, which would do this as well. Taking it back sets
+    the signal's default action for a moment, and so does closing the loop: a signal then would end the program.
+    """
+
+    _wakers: ClassVar[dict[asyncio.AbstractEventLoop, _Waker]] = {}
+
+    @classmethod
+    def share(cls) -> Callable[[], None]:
+        """For the loop that runs here, if there is one and this is the main thread; the function returned ends that."""
+        loop = _running_loop()
+        if loop is None or threading.current_thread() is not threading.main_thread():
+            return _nothing
+        waker = cls._wakers.get(loop) or cls(loop)
+        waker._users += 1
+        return waker._release
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._users = 0
+        self._ends: tuple[socket.socket, ...] = ()
+        before = signal.set_wakeup_fd(-1)
+        if before == -1:
+            self._open()
+        else:
+            signal.set_wakeup_fd(before)  # it is woken already, as uvloop always is, and by `add_signal_handler`
+        self._wakers[loop] = self
+
+    def _open(self) -> None:
+        ours, theirs = self._ends = socket.socketpair()
+        for end in self._ends:
+            end.setblocking(False)
+        try:
+            self._loop.add_reader(ours, _read_away, ours)
+        except NotImplementedError:  # a loop without readers: it is Windows', which sees to this itself
+            self._close()
+            return
+        signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+
+    def _release(self) -> None:
+        self._users -= 1
+        # In another thread it cannot be taken down: it stays for the next who wants it.
+        if self._users == 0 and threading.current_thread() is threading.main_thread():
+            del self._wakers[self._loop]
+            self._close()
+
+    def _close(self) -> None:
+        ends, self._ends = self._ends, ()
+        if not ends:
+            return
+        ours, theirs = ends
+        current = signal.set_wakeup_fd(-1)
+        if current not in (-1, theirs.fileno()):
+            signal.set_wakeup_fd(current)  # somebody has put his own over it
+        if not self._loop.is_closed():
+            self._loop.remove_reader(ours)
+        for end in ends:
+            end.close()
 
 
 def _ignore(_reason: CancelReason) -> None:
@@ -178,21 +237,16 @@ def _nothing() -> None:
     pass
 
 
+def _read_away(end: socket.socket) -> None:
+    with suppress(BlockingIOError):
+        end.recv(4096)
+
+
 def _running_loop() -> asyncio.AbstractEventLoop | None:
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
-
-
-def _belongs_to_a_loop(handler: Any) -> bool:
-    """Was this put there by `loop.add_signal_handler`? `Any`: a function, a number or any callable object.
-
-    A loop keeps one callback per signal and has no public way to read it, so replacing it would lose it for ever.
-    With `signal.signal` ours goes over the loop's stand-in, and the loop, told by its file descriptor, calls its own
-    as before. If the guess by module name ever fails, that handler is replaced, and is not restored.
-    """
-    return str(getattr(handler, "__module__", "")).startswith(("asyncio.", "uvloop."))
 
 
 def _signal_name(signum: int) -> str:

@@ -87,7 +87,7 @@ class TimeoutTrigger(Trigger):
 
     def arm(self, callback: Callable[[CancelReason], None], /) -> TriggerHandle:
         loop = asyncio.get_running_loop()
-        if math.isinf(self.delay):
+        if self.delay == math.inf:
             return TriggerHandle()
         return TriggerHandle(loop.call_later(max(self.delay, 0.0), self._fire, callback).cancel)
 
