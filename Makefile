@@ -10,13 +10,17 @@ PEERS ?=
 UVLOOP ?=
 MERGE ?=
 
-.PHONY: demo test bench lint types check clean
+.PHONY: demo test matrix bench lint types check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/10_index_source.py $(PATH_TO_INDEX)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# Every fault as often as it was promised; the suite injects a share of that.
+matrix: $(VENV)/.installed-dev
+	MATRIX_SHARE=1 $(BIN)/python -m pytest tests/test_fault_matrix.py
 
 # `make bench ROUNDS=5 ONLY=sync3 PEERS=streamable UVLOOP=1 MERGE=1`: see benchmarks/README.md.
 bench: $(BENCH)/.installed
