@@ -18,7 +18,7 @@ from .feeds import Feed
 from .metrics import Counters, Ledger, read_ledger
 from .pace import Pacer
 from .policy import ErrorPolicy
-from .protocols import Divisible, Inlet, Node, Outlet, Outside, Seat, StageLike, Wires
+from .protocols import Divisible, Inlet, Node, Outlet, Seat, StageLike, Wires
 from .runtime import PipelineRuntime
 from .source import Source
 
@@ -182,7 +182,7 @@ class Assembly:
     def outside(self) -> bool:
         """Whether threads or processes are at work: what happens next is not in the loop's hands."""
         parts = (self._feed, *(placed.node for placed in self._placed))
-        return any(isinstance(part, Outside) and part.outside for part in parts)
+        return any(getattr(part, "outside", False) for part in parts)  # see the protocol `Outside`
 
     # --- taking apart
 

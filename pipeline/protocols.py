@@ -122,7 +122,6 @@ class Divisible(Protocol):
         ...
 
 
-@runtime_checkable
 class Outside(Protocol):
     """A node or a feed that has threads or processes."""
 

@@ -21,7 +21,7 @@ import asyncio
 import math
 import selectors
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import partial
@@ -72,7 +72,7 @@ def run_virtual(
 
 
 @contextmanager
-def real_time() -> Iterator[None]:
+def real_time() -> Generator[None, None, None]:
     """Inside, the running `VirtualLoop` does not bring timers forward: for threads that it cannot know of."""
     loop = asyncio.get_running_loop()
     if not isinstance(loop, VirtualLoop):
@@ -102,7 +102,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._runs.add(run)
 
     @contextmanager
-    def holding(self) -> Iterator[None]:
+    def holding(self) -> Generator[None, None, None]:
         """Time is real inside."""
         self._holds += 1
         try:
