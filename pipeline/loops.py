@@ -47,7 +47,7 @@ def run_on(factory: LoopFactory, main: Coroutine[Any, Any, T], *, on_interrupt: 
             try:
                 loop.run_until_complete(task)
             except BaseException as error:
-                if not task.done():
+                if not _is_end_of(task, error):
                     on_interrupt(error)
         loop.run_until_complete(_tidy(loop))
         return task.result()
@@ -56,6 +56,11 @@ def run_on(factory: LoopFactory, main: Coroutine[Any, Any, T], *, on_interrupt: 
         for task in asyncio.all_tasks(loop):
             _silence(task)
         loop.close()
+
+
+def _is_end_of(task: asyncio.Task[Any], error: BaseException) -> bool:
+    """Whether it is the task's own result, which the caller gets in any case; else it would be lost."""
+    return task.done() and (isinstance(error, asyncio.CancelledError) if task.cancelled() else task.exception() is error)
 
 
 async def _tidy(loop: asyncio.AbstractEventLoop) -> None:

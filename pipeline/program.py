@@ -6,17 +6,19 @@ The rule kept here: every further signal is obeyed harder, and after the third t
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
 import time
 from _thread import start_new_thread
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from .cancellation.reason import CancelReason, CancelType
-from .cancellation.signals import SignalTrigger
+from .cancellation.signals import SignalTrigger, running_loop, signal_name
 from .loops import LoopFactory, loop_factory, run_on
 from .report import RunReport
 from .result import Err, describe
@@ -28,6 +30,10 @@ __all__ = ["run_until_signalled"]
 
 _SLACK = 1.0
 """Seconds beyond the graces of a kill, after which the program is ended from outside of its own code."""
+_PATIENCE = 1.0
+"""Seconds to wait for somebody to read the account from stderr."""
+_PIECE = 512
+"""Bytes that can be written at once to whatever can be written to, without a wait: what POSIX promises for pipes."""
 
 
 def run_until_signalled(
@@ -51,6 +57,8 @@ def run_until_signalled(
         raise RuntimeError(
             "run_until_signalled works in the main thread only, where Python delivers signals; elsewhere use await pipeline.run()"
         )
+    if (loop := running_loop()) is not None:
+        raise RuntimeError(f"run_until_signalled runs a loop of its own, and {loop!r} is running here; use await pipeline.run()")
     factory = loop_factory(uvloop=uvloop)
     return _Program(pipeline, signals).run(factory)
 
@@ -58,16 +66,21 @@ def run_until_signalled(
 class _Program:
     def __init__(self, pipeline: Pipeline[Any], signals: Sequence[int]) -> None:
         self._pipeline = pipeline
-        self._triggers = [SignalTrigger(signum, code=signal.Signals(signum).name) for signum in signals]
+        self._triggers = [SignalTrigger(signum, code=signal_name(signum)) for signum in dict.fromkeys(signals)]
+        self._numbers = {trigger.code: trigger.signals[0] for trigger in self._triggers}
+        self._nth = count(1)
         self._received: list[CancelReason] = []
         self._interrupt: BaseException | None = None
         self._over = False
+        self._on_last_call = False
 
     def run(self, factory: LoopFactory) -> RunReport | Err:
         with ExitStack() as listening:
             for trigger in self._triggers:
                 listening.callback(trigger.listen(self._signalled).disarm)
-            result = run_on(factory, self._pipeline.run(), on_interrupt=self._interrupted)
+            if signal.SIGINT not in self._numbers.values() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                listening.callback(SignalTrigger(signal.SIGINT).listen(self._ctrl_c).disarm)
+            result = run_on(factory, self._main(), on_interrupt=self._interrupted)
             self._over = True
             if self._received:
                 self._account(result)
@@ -80,31 +93,49 @@ class _Program:
             raise self._interrupt
         return result
 
+    async def _main(self) -> RunReport | Err:
+        with ExitStack() as holding:
+            for trigger in self._triggers:  # once more, for now there is a loop that is to wake up for them
+                holding.callback(trigger.hold().disarm)
+            return await self._pipeline.run()
+
     def _signalled(self, reason: CancelReason) -> None:
-        # Inside the signal handler: no locks, no buffered output, no `threading`.
+        # Inside the signal handler, which another signal may interrupt: no locks, no buffered output, no `threading`.
+        # First the stop, then the words: nobody may be there to read them.
         self._received.append(reason)
         name, grace = reason.code, self._pipeline.runtime.grace
-        if self._over:
+        if self._on_last_call:
             _say(f"{name}: the process ends now")
             os._exit(self._exit_code)
-        match len(self._received):
+        if self._over:
+            return
+        match next(self._nth):
             case 1:
-                _say(f"{name}: finishing what was taken, for {grace.drain:g} s at most; once more to stop at once")
                 self._pipeline.cancel(reason, drain=True)
+                _say(f"{name}: finishing what was taken, for {grace.drain:g} s at most; once more to stop at once")
             case 2:
-                _say(f"{name}: stopping at once, within {grace.abort:g} s; once more to kill")
                 self._pipeline.cancel(reason)
+                _say(f"{name}: stopping at once, within {grace.abort:g} s; once more to kill")
             case 3:
-                _say(f"{name}: killing")
                 self._pipeline.cancel(reason, force=True)
                 start_new_thread(self._make_sure, (grace.terminate + grace.kill + _SLACK,))
+                _say(f"{name}: killing")
             case _:
                 _say(f"{name}: killing, as asked")
 
+    def _ctrl_c(self, _reason: CancelReason) -> None:
+        """SIGINT when it is not among the signals, as `asyncio.run` has it: one that interrupts our own code would break it."""
+        again = self._interrupt is not None
+        self._interrupted(KeyboardInterrupt())
+        if again:
+            raise KeyboardInterrupt
+
     def _interrupted(self, error: BaseException) -> None:
-        """A handler's SystemExit, or a KeyboardInterrupt when SIGINT is not among the signals: stop, then raise it."""
-        self._interrupt = error
-        self._pipeline.cancel(CancelReason(f"interrupted by {describe(error)}", CancelType.ERROR, code="interrupted"))
+        """Ctrl-C when that is not among the signals, or a handler's SystemExit: stop, then raise it."""
+        force = self._interrupt is not None
+        self._interrupt = self._interrupt or error
+        reason = CancelReason(f"interrupted by {describe(error)}", CancelType.ERROR, code="interrupted")
+        self._pipeline.cancel(reason, force=force)
 
     def _make_sure(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -114,18 +145,20 @@ class _Program:
 
     @property
     def _exit_code(self) -> int:
-        return 128 + signal.Signals[self._received[0].code or ""]
+        return 128 + self._numbers[self._received[0].code]
 
     def _account(self, result: RunReport | Err) -> None:
         report = result.report if isinstance(result, Err) else result
-        _say(report.explain() if report is not None else f"did not start: {result}")
+        _say(report.explain() if report is not None else f"did not start: {result.reason or result.value if isinstance(result, Err) else result}", patience=_PATIENCE)
 
     def _last_call(self, stuck: str) -> None:
         if len(self._received) > 2:
-            _say(f"leaving behind {stuck}")
-            sys.stdout.flush()
+            _say(f"leaving behind {stuck}", patience=_PATIENCE)
+            with suppress(OSError, ValueError):
+                sys.stdout.flush()
             os._exit(self._exit_code)
-        _say(f"everything is closed but {stuck}; once more to end without waiting")
+        self._on_last_call = True
+        _say(f"everything is closed but {stuck}; once more to end without waiting", patience=_PATIENCE)
 
 
 def _threads_that_hold_the_process() -> str:
@@ -133,9 +166,13 @@ def _threads_that_hold_the_process() -> str:
     return ", ".join(
         f"thread {thread.name!r}"
         for thread in threading.enumerate()
-        if not thread.daemon and thread is not threading.main_thread()
-    )
+        if not thread.daemon and thread is not threading.main_thread() and "_do_shutdown" not in thread.name
+    )  # asyncio's own thread of that name waits for the others
 
 
-def _say(text: str) -> None:
-    os.write(2, "".join(f"penstock: {line}\n" for line in text.splitlines()).encode(errors="backslashreplace"))
+def _say(text: str, *, patience: float = 0.0) -> None:
+    """Write to stderr, unless it is closed or nobody reads it: Ctrl-C also ends the `tee` or `head` behind a program."""
+    data = "".join(f"penstock: {line}\n" for line in text.splitlines()).encode(errors="backslashreplace")
+    with suppress(OSError, ValueError):
+        while data and select.select([], [2], [], patience)[1]:
+            data = data[os.write(2, data[:_PIECE]) :]

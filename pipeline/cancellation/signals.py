@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from .reason import CancelReason, CancelType
 from .triggers import Trigger, TriggerHandle
 
-__all__ = ["SignalTrigger"]
+__all__ = ["SignalTrigger", "running_loop", "signal_name"]
 
 
 class SignalTrigger(Trigger):
@@ -42,7 +42,7 @@ class SignalTrigger(Trigger):
         self.drain = drain
 
     def __repr__(self) -> str:
-        names = ", ".join(_signal_name(signum) for signum in self.signals)
+        names = ", ".join(signal_name(signum) for signum in self.signals)
         return f"SignalTrigger({names}, code={self.code!r}, drain={self.drain})"
 
     def check(self) -> CancelReason | None:
@@ -71,7 +71,7 @@ class SignalTrigger(Trigger):
 
     def _arrived(self, callback: Callable[[CancelReason], None], arrivals: Iterator[int], signum: int) -> None:
         nth = next(arrivals)
-        message = f"received {_signal_name(signum)}" + (f" (signal number {nth} since armed)" if nth > 1 else "")
+        message = f"received {signal_name(signum)}" + (f" (signal number {nth} since armed)" if nth > 1 else "")
         callback(CancelReason(message, CancelType.SIGNAL, self.code, origin="SignalTrigger"))
 
 
@@ -179,7 +179,7 @@ class _Waker:
     @classmethod
     def share(cls) -> Callable[[], None]:
         """For the loop that runs here, if there is one and this is the main thread; the function returned ends that."""
-        loop = _running_loop()
+        loop = running_loop()
         if loop is None or threading.current_thread() is not threading.main_thread():
             return _nothing
         waker = cls._wakers.get(loop) or cls(loop)
@@ -242,14 +242,16 @@ def _read_away(end: socket.socket) -> None:
         end.recv(4096)
 
 
-def _running_loop() -> asyncio.AbstractEventLoop | None:
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """That of this thread, or None."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
 
 
-def _signal_name(signum: int) -> str:
+def signal_name(signum: int) -> str:
+    """As in `signal.Signals`."""
     try:
         return signal.Signals(signum).name
     except ValueError:
@@ -262,4 +264,4 @@ def _check_signal(signum: object) -> None:
     if signum not in signal.valid_signals():
         raise ValueError(f"SignalTrigger: there is no signal number {signum}, use a member of signal.Signals")
     if signum in (signal.SIGKILL, signal.SIGSTOP):
-        raise ValueError(f"SignalTrigger: {_signal_name(signum)} cannot be caught, use SIGTERM or SIGINT")
+        raise ValueError(f"SignalTrigger: {signal_name(signum)} cannot be caught, use SIGTERM or SIGINT")
