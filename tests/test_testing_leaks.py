@@ -125,6 +125,7 @@ class TestWhatIsLeft:
         os.close(left)
         assert len(str(caught.value).splitlines()) == 3
 
+    @pytest.mark.abandons("complaint")
     def test_a_call_of_the_loops_exception_handler_counts_also_when_it_is_the_programs_own(self) -> None:
         async def main() -> None:
             loop = asyncio.get_running_loop()
@@ -204,6 +205,7 @@ class TestHow:
                 raise ValueError("of the block")
         assert "thread 'forgotten'" in caught.value.__notes__[0]
 
+    @pytest.mark.abandons("complaint")
     def test_checks_may_be_inside_each_other(self) -> None:
         outer, inner = assert_no_leaks(settle=BRIEF), assert_no_leaks(settle=BRIEF)
         outer.start()

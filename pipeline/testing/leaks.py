@@ -59,7 +59,7 @@ class LeakCheck:
                 time.sleep(_LOOK)
         finally:
             self._watch.stop()
-        return found
+        return self._past() + found
 
     async def stop_async(self) -> list[str]:
         """The same; tasks may go on meanwhile."""
@@ -71,15 +71,16 @@ class LeakCheck:
                 time.sleep(_LOOK / 10)  # noqa: ASYNC251
         finally:
             self._watch.stop()
-        return found
+        return self._past() + found
+
+    def _past(self) -> list[str]:
+        """What no waiting can change."""
+        return self._watch.calls + (self._watch.tasks() if self._with_tasks else [])
 
     def _left(self) -> list[str]:
         assert self._before is not None, "the check has not been started"
-        found = list(self._watch.calls)
-        if self._with_tasks:
-            found += self._watch.tasks()
-            found += [describe_task(task) for task in _running_tasks() - self._tasks]
-        return found + Census().since(self._before)
+        tasks = _running_tasks() - self._tasks if self._with_tasks else ()
+        return [*map(describe_task, tasks), *Census().since(self._before)]
 
     def __enter__(self) -> LeakCheck:
         self.start()
