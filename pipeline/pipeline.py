@@ -84,7 +84,7 @@ class Pipeline(Generic[T]):
         self._source: Source | None = None
         self._runtime: PipelineRuntime | None = None
         self._carriers: set[PipelineRuntime] = set()
-        self._cancelled: tuple[CancelReason, ...] = ()
+        self._cancelled: list[CancelReason] = []
         self.ending = Ending()
         """For `EndTrigger`: the end of the run under way, or of the last one."""
         if source is not None:
@@ -124,7 +124,7 @@ class Pipeline(Generic[T]):
             self._links = self._links[len(self._inner._links) :]
             self._members = self._members[1:]
         self._set_source(source)
-        self._cancelled = ()
+        self._cancelled = []
         self._runtime = None
         self.ending.begin()
         return self
@@ -163,7 +163,7 @@ class Pipeline(Generic[T]):
         twin.__dict__.update(self.__dict__)
         twin._runtime = None
         twin._carriers = set()
-        twin._cancelled = ()
+        twin._cancelled = []
         twin.ending = Ending()
         return twin
 
@@ -244,14 +244,16 @@ class Pipeline(Generic[T]):
         for pipeline in (self, *self._all_members()):
             pipeline.ending.begin()
             runtime.closed.add_done_callback(pipeline._tell_end)
+            for reason in pipeline._cancelled:  # by another thread, since we looked: it may have found no run yet
+                _pass_on(StopRequest(reason, StopLevel.ABORT), runtime)
         return Run(runtime, self._source, self._links, sink, self._cancel_on, log=self._log)
 
     def _refusal(self) -> Err | None:
         for pipeline in (self, *self._all_members()):
             if pipeline._cancelled:
-                why = pipeline._cancelled[0].message
-                text = f"pipeline {pipeline.name!r} was cancelled ({why}); set a source with gen() to run it again"
-                return Err(PipelineCancelled(text, reasons=pipeline._cancelled), reasons=pipeline._cancelled, attempts=0)
+                reasons = tuple(pipeline._cancelled)
+                text = f"pipeline {pipeline.name!r} was cancelled ({reasons[0]}); set a source with gen() to run it again"
+                return Err(PipelineCancelled(text, reasons=reasons), reasons=reasons, attempts=0)
         if self._source is None:
             return Err(
                 PipelineError("the pipeline has no source: give one to Pipeline(source), or set one with gen(source)"),
@@ -267,7 +269,7 @@ class Pipeline(Generic[T]):
         result = run.runtime.closed.result() if run.runtime.closed.done() else None
         report = result.report if isinstance(result, Err) else result
         if report is not None and report.outcome == "cancelled":
-            self._cancelled = report.reasons
+            self._cancelled = list(report.reasons)
 
     def _tell_end(self, closed: Future[RunReport | Err]) -> None:
         result = closed.result()
@@ -301,18 +303,25 @@ class Pipeline(Generic[T]):
             raise ValueError("drain=True lets items finish and force=True does not; choose one")
         level = StopLevel.KILL if force else StopLevel.DRAIN if drain else StopLevel.ABORT
         request = StopRequest(_as_reason(reason, code, self.name), level)
-        running = [runtime for runtime in (self._runtime, *tuple(self._carriers)) if runtime is not None and runtime.ended is None]
-        if running:
+        if running := self._running():
             effects = [runtime.request_stop(request) for runtime in running]
             return CancelHandle(any(effects), running[0].closed, running[0])
         if self._runtime is not None:
             return CancelHandle(False, self._runtime.closed, None)
-        first = not self._cancelled
-        self._cancelled += (request.reason,)
-        self.ending.tell(_end_of(self.name, "was cancelled before it started", self._cancelled))
+        self._cancelled.append(request.reason)  # atomic, as other threads may do the same
+        if running := self._running():  # started by another thread at this very moment
+            effects = [_pass_on(request, runtime) for runtime in running]
+            return CancelHandle(any(effects), running[0].closed, running[0])
+        reasons = tuple(self._cancelled)
+        self.ending.tell(_end_of(self.name, "was cancelled before it started", reasons))
         never: Future[RunReport | Err] = Future()
-        never.set_result(Err(self._cancelled[0].message, reasons=self._cancelled, attempts=0))
-        return CancelHandle(first, never, None)
+        never.set_result(Err(reasons[0].message, reasons=reasons, attempts=0))
+        return CancelHandle(reasons[0] is request.reason, never, None)
+
+    def _running(self) -> list[PipelineRuntime]:
+        """The runs that a cancel of this pipeline stops: its own, and those of pipelines that contain it."""
+        runtimes = (self._runtime, *tuple(self._carriers))
+        return [runtime for runtime in runtimes if runtime is not None and runtime.ended is None]
 
     # --- watching
 
@@ -340,7 +349,7 @@ class Pipeline(Generic[T]):
         if runtime is None or runtime.assembly is None:
             seats = seats_for(self._links)
             ledger = read_ledger(Counters("source"), [seat.counters for seat in seats], None)
-            reasons = runtime.reasons if runtime else self._cancelled
+            reasons = runtime.reasons if runtime else tuple(self._cancelled)
             state = runtime.state if runtime else PipelineState.CLOSED if self._cancelled else PipelineState.NEW
             elapsed = 0.0
         else:
@@ -392,3 +401,8 @@ def _as_reason(reason: str | CancelReason | None, code: str | None, origin: str)
 
 def _end_of(name: str, how: str, causes: tuple[CancelReason, ...]) -> CancelReason:
     return CancelReason(f"pipeline {name!r} {how}", CancelType.PIPELINE, origin=name, causes=causes)
+
+
+def _pass_on(request: StopRequest, runtime: PipelineRuntime) -> bool:
+    """A cancel has met a start: it is told by one of the two who have noticed."""
+    return all(known.reason is not request.reason for known in runtime.requests) and runtime.request_stop(request)

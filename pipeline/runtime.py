@@ -101,6 +101,8 @@ class PipelineRuntime:
         """Set when the run is aborted; a drain leaves it clear, for the handlers are to finish."""
         self.tasks: set[asyncio.Task[Any]] = set()
         self.threads: set[threading.Thread] = set()
+        self.starting: set[threading.Thread] = set()
+        """Those that start a process at the moment."""
         self.processes: set[ProcessLike] = set()
         self.abandoned: list[str] = []
         self.errors: dict[str, list[Err]] = {}
@@ -235,10 +237,13 @@ class PipelineRuntime:
         self.tasks.add(task)
         task.add_done_callback(self._task_ended)
 
-    def start_thread(self, target: Callable[[], None], *, name: str, host: bool = False) -> threading.Thread:
+    def start_thread(
+        self, target: Callable[[], None], *, name: str, host: bool = False, starting: bool = False
+    ) -> threading.Thread:
         """Start a thread of this run. It must end by itself when asked; it is a daemon, so it never blocks the exit.
 
-        `host` marks the thread that carries the run's own loop, which therefore cannot end before the run.
+        `host` marks the thread that carries the run's own loop, which therefore cannot end before the run; `starting`
+        one that starts a process, ends in moments, and is waited for even when the run is killed.
         """
         if host:
             target = partial(self._host_main, target)
@@ -246,10 +251,13 @@ class PipelineRuntime:
         thread = threading.Thread(target=context.run, args=(self._thread_main, target), name=f"{self.name}/{name}", daemon=True)
         self.threads.add(thread)
         self._host = thread if host else self._host
+        if starting:
+            self.starting.add(thread)
         try:
             thread.start()
         except BaseException:
             self.threads.discard(thread)
+            self.starting.discard(thread)
             raise
         return thread
 
@@ -333,6 +341,7 @@ class PipelineRuntime:
         # The thread is past its last line of ours; what is left of it takes microseconds.
         thread.join(0.1)
         self.threads.discard(thread)
+        self.starting.discard(thread)
         self.pulse()
 
     def _process_ended(self, process: ProcessLike) -> None:

@@ -61,10 +61,13 @@ class _Supervisor:
         if runtime.idle:
             return
         runtime.cancel_tasks()
+        clock = asyncio.get_running_loop().time
+        patience_ends = clock() + grace.terminate
+        await self._wait(lambda: not runtime.starting, grace.terminate)  # a process must be there to be told anything
         if runtime.processes:
             for process in list(runtime.processes):
                 process.terminate()
-            if not await self._wait(lambda: not runtime.processes, grace.terminate):
+            if not await self._wait(lambda: not runtime.processes, max(patience_ends - clock(), 0.0)):
                 for process in list(runtime.processes):
                     process.kill()
                 await self._wait(lambda: not runtime.processes, grace.kill)

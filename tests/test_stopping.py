@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -1184,6 +1185,27 @@ async def test_the_source_is_closed_when_a_stage_fails() -> None:
 
 
 # BUG: when the loop closes while a worker starts, what was opened for it stays open
+async def test_a_run_that_is_killed_while_its_worker_processes_start_waits_for_them() -> None:
+    pipeline = Pipeline(count()) >> stage(run_in="process", concurrency=2)(abs)
+    running = asyncio.create_task(pipeline.run())
+    await eventually(lambda: pipeline.runtime.starting)
+    result = await pipeline.cancel("at once", force=True)
+    assert isinstance(result, Err)
+    assert result.report is not None
+    assert result.report.abandoned == ()
+    await running
+
+
+async def test_a_cancel_that_meets_the_start_of_a_run_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    same = stage(abs)
+    pipeline = Pipeline(count()) >> same
+    # As from another thread: nothing runs yet, and the start has looked already whether it may.
+    monkeypatch.setattr(type(same), "check", lambda *_: pipeline.cancel("meanwhile"))
+    result = await pipeline.run()
+    assert isinstance(result, Err)
+    assert [str(reason) for reason in result.reasons] == ["meanwhile"]
+
+
 async def test_a_worker_process_that_is_still_starting_when_the_run_is_killed_is_not_left_behind() -> None:
     pipeline = Pipeline(range(10)) >> stage(run_in="process", concurrency=2)(abs)
     run = asyncio.create_task(pipeline.run())
