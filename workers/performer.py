@@ -110,6 +110,7 @@ class Performer:
                 outcome.retried = attempt - first_attempt
                 outcome.seconds = perf_counter() - began
                 return outcome
+            del outcome  # its error holds what the handler had in hand
             attempt += 1
 
     def run(self, source: Iterator[Any], call: Call, known: Collection[type], unusual: Call, results: list[Any]) -> None:

@@ -22,6 +22,8 @@ from typing import Any
 
 from multiprocess import reduction
 
+from .shared import seal
+
 __all__ = ["LARGE", "Arena", "Block", "array_type"]
 
 LARGE = 1 << 15
@@ -41,7 +43,7 @@ class Arena:
 
     def __init__(self, descriptor: int | None = None) -> None:
         if descriptor is None:
-            descriptor = os.memfd_create("penstock-arena", os.MFD_CLOEXEC)
+            descriptor = os.memfd_create("penstock-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(descriptor, _BLOCKS + _SIZE)
         size = os.fstat(descriptor).st_size
         try:
@@ -182,9 +184,11 @@ def array_type(length: int) -> Any:
 
 
 def _attach(duplicate: Any) -> Arena | None:
+    descriptor = duplicate.detach()
     try:
-        arena = Arena(duplicate.detach())
+        arena = Arena(descriptor)
     except (OSError, ValueError):  # the worker does without; it says so when it is ready
         return None
+    seal(descriptor)
     arena.close_descriptor()
     return arena

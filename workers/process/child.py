@@ -118,8 +118,7 @@ class _Child:
         limit: MemoryLimit | None,
     ) -> None:
         self._limit = limit
-        self._worn = False
-        """It has said that another worker shall take its place."""
+        self._recalled = threading.Event()
         self._down, self._up = (end.number for end in pipes)
         down, up = arenas
         self._packer = Packer(up, down)
@@ -212,11 +211,17 @@ class _Child:
             self._stride = max(self._stride // 4, 1) if spent > _FLUSH / 2 else min(self._stride * 2, _STRIDE)
             if now - self._flushed > _FLUSH:
                 self._flush()
-            if self._limit is not None and self._limit.worn() and not self._worn:
-                self._worn = True
-                self._write(frame(Frame.WORN, None))
+            if self._limit is not None and self._limit.worn() and not self.cancelled:
+                self._retire()
         self._flush()
         self._words[SharedWords.ITEM] = 0
+
+    def _retire(self) -> None:
+        """Another worker shall take this one's place: begin nothing more, and wait until the rest is given back."""
+        self._recalled.clear()
+        self._flush()
+        self._write(frame(Frame.WORN, None))
+        self._recalled.wait()  # bounded by the parent, which answers, hangs up, or is dead
 
     def _numbered(self, items: Iterator[Any], first: int) -> Iterator[Any]:
         """The items, each one's number written down before it begins."""
@@ -288,6 +293,8 @@ class _Child:
     # --- what the performer asks
 
     def attempt_begins(self, attempt: int) -> None:
+        if self._limit is not None and attempt > 1:
+            self._limit.worn()  # an earlier attempt may have reached it
         self._words[SharedWords.ATTEMPT] = attempt
         self._words[SharedWords.BEGAN] = monotonic_ns()
 
@@ -359,6 +366,7 @@ class _Child:
             chunk = os.read(self._down, _CHUNK)
             if not chunk:
                 self._let_go = True
+                self._recalled.set()
                 break
             for kind, content in reader.feed(chunk):
                 self._obey(kind, content)
@@ -376,8 +384,10 @@ class _Child:
             self._credits.put(content)
         elif kind is Frame.RECALL:
             self._return()
+            self._recalled.set()
         elif kind is Frame.CANCEL:
             self.reasons, self.cancelled = content, True
+            self._recalled.set()
             self.requests.append(None)
             self._credits.put(0)
             self._runs.put(None)

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import dill
 
-from pipeline.errors import StageConfigError
+from pipeline.errors import PipelineError, StageConfigError
 
 from ..base import Handler
 
@@ -109,7 +109,13 @@ class _Reference:
         return found
 
     def resolve(self) -> Any:
-        found = self.find()
+        try:
+            found = self.find()
+        except AttributeError:
+            raise PipelineError(
+                f"a worker process has imported {self.module!r} and finds no {self.name!r} in it; is it defined only under "
+                '`if __name__ == "__main__":`, or has the program\'s file changed or gone since the program was started?'
+            ) from None
         return getattr(found, "__wrapped__", found)
 
 

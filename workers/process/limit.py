@@ -53,7 +53,7 @@ class MemoryLimit:
             resource.setrlimit(resource.RLIMIT_DATA, (self._hard, self._hard))
 
     def worn(self) -> bool:
-        """Whether too much is kept. Between two items; costs 2 µs, and sets the limit again where that is needed."""
+        """Whether too much is kept. Before or after an item; costs 2 µs, and sets the limit again where that is needed."""
         own, reserved = self._usage()
         granted = self._limit + reserved - own
         if not self._granted or abs(granted - self._granted) > _STEP:

@@ -123,7 +123,7 @@ class WorkerLink:
         if is_importing_main():
             _refuse()
         self._runtime.at_end.append(self._disown)
-        self._runtime.start_thread(self._launch, name=f"{self._name}:start")
+        self._runtime.start_thread(self._launch, name=f"{self._name}:start", starting=True)
 
     def _launch(self) -> None:
         try:

@@ -93,17 +93,23 @@ class Load:
         self.given -= items
         return taken
 
-    def take_all(self, at_work: int) -> tuple[list[Parcel], Parcel | None]:
-        """Take away everything that is not finished: what is to be done again, in order, and the item at work, if any."""
+    def take_all(self, at_work: int, *, sure: bool = False) -> tuple[list[Parcel], Parcel | None]:
+        """Take away everything that is not finished: what is to be done again, in order, and the item at work, if any.
+
+        `sure`: if none was at work, the worker has died of one that it could not even begin.
+        """
         again: list[Parcel] = []
         lost: Parcel | None = None
+        # Or its handler has overwritten what it was not given.
+        if self.parcels and (at_work >= self._next or (sure and at_work < 0)):
+            at_work = self.parcels[0].first + self.parcels[0].done
         for parcel in self.parcels:
             rest = parcel.split(parcel.done) if parcel.done else parcel
             at = at_work - rest.first
             if 0 <= at < len(rest.items):
                 lost = rest.split(at) if at else rest
-                if at:
-                    again.append(rest)
+                # Finished, but not sent: one of these may have done what the worker died of. Alone, it will be at work then.
+                again += [rest, *reversed([rest.split(number) for number in range(at - 1, 0, -1)])] if at else []
                 rest = lost.split(1) if len(lost.items) > 1 else None
             if rest is not None:
                 again.append(rest)

@@ -197,10 +197,12 @@ class _Stream:
         if not chunk:
             return 0
         *lines, rest = (self._partial + chunk).split(b"\n")
-        while len(rest) > _LONGEST:
-            lines.append(rest[:_LONGEST])
-            rest = rest[_LONGEST:]
+        if len(rest) > _LONGEST:
+            lines.append(rest)
+            rest = b""
         self._partial = rest
+        if max(map(len, lines), default=0) > _LONGEST:
+            lines = [line[at : at + _LONGEST] for line in lines for at in range(0, max(len(line), 1), _LONGEST)]
         if len(lines) > _BURST:
             self._output.pass_over(len(lines) - _BURST)
             del lines[_BURST:]

@@ -200,9 +200,8 @@ class ProcessExecutor:
 
     def _worn(self, link: WorkerLink, load: Load) -> None:
         """A worker keeps too much memory: what it has not begun is for others."""
-        if load.held and not load.recalled:
-            load.recalled = True
-            link.send(Frame.RECALL, None)
+        load.recalled = True
+        link.send(Frame.RECALL, None)  # it waits for this
         self._staff.replace(link, load)
 
     def _results(self, link: WorkerLink, load: Load, first: int, results: list[Any], boxed: bool, seconds: float) -> None:
@@ -295,7 +294,7 @@ class ProcessExecutor:
 
     def left(self, link: WorkerLink, load: Load, exit_code: int | None) -> None:
         """The item at work is lost, or has timed out; the others go back to the head of the backlog, in order."""
-        left, lost = load.take_all(link.last_item - 1)
+        left, lost = load.take_all(link.last_item - 1, sure=exit_code == faults.Exit.OUT_OF_MEMORY)
         self._backlog.extendleft(reversed(left))
         if lost is None:
             return

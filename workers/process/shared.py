@@ -6,6 +6,7 @@ exactly which item it was at.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -15,7 +16,10 @@ from typing import Any
 
 from multiprocess import reduction
 
-__all__ = ["ChildEnd", "SharedWords"]
+__all__ = ["ChildEnd", "SharedWords", "seal"]
+
+_ADD_SEALS, _SEAL_FUTURE_WRITE = 1033, 0x10
+"""Of Linux's `fcntl`; the module has the second one from Python 3.13 on."""
 
 
 class SharedWords:
@@ -54,9 +58,17 @@ class SharedWords:
 
 
 def _attach_words(duplicate: Any) -> SharedWords:
-    words = SharedWords(duplicate.detach())
-    words.close_descriptor()  # a handler that writes to every descriptor must not write here
+    descriptor = duplicate.detach()
+    words = SharedWords(descriptor)
+    seal(descriptor)
+    words.close_descriptor()
     return words
+
+
+def seal(descriptor: int) -> None:
+    """Let what is mapped already be the only way to this memory: `mmap` keeps a descriptor that a handler might write to."""
+    with contextlib.suppress(OSError):  # before Linux 5.1 there is no such thing
+        fcntl.fcntl(descriptor, _ADD_SEALS, _SEAL_FUTURE_WRITE)
 
 
 class ChildEnd:
@@ -84,6 +96,6 @@ def _attach_end(duplicate: Any) -> ChildEnd:
 
 def _anonymous_file() -> int:
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("penstock", os.MFD_CLOEXEC)
+        return os.memfd_create("penstock", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
