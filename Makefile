@@ -10,7 +10,7 @@ PEERS ?=
 UVLOOP ?=
 MERGE ?=
 
-.PHONY: demo test matrix bench lint types check clean
+.PHONY: demo test matrix explore bench lint types check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/10_index_source.py $(PATH_TO_INDEX)
@@ -21,6 +21,11 @@ test: $(VENV)/.installed-dev
 # Every fault as often as it was promised; the suite injects a share of that.
 matrix: $(VENV)/.installed-dev
 	MATRIX_SHARE=1 $(BIN)/python -m pytest tests/test_fault_matrix.py
+
+# Every step of every topology in more orders, and more samples where threads and processes are; the suite takes one.
+ORDERS ?= 10
+explore: $(VENV)/.installed-dev
+	EXPLORE=$(ORDERS) $(BIN)/python -m pytest tests/test_explorer.py --timeout=0
 
 # `make bench ROUNDS=5 ONLY=sync3 PEERS=streamable UVLOOP=1 MERGE=1`: see benchmarks/README.md.
 bench: $(BENCH)/.installed

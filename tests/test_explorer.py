@@ -1,7 +1,7 @@
 """Every step of every topology is a victim: cancelled, drained, killed, raised in, timed out, in several orders.
 
 The rule kept here: topologies that live in the loop are explored at every step; those with threads and processes by a
-bounded number of samples. `EXPLORE=20` (`make explore`) takes twenty times as many orders and samples.
+bounded number of samples. `EXPLORE=10` (`make explore`) takes ten times as many orders and samples.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ LOOP |= {
 
 @pytest.mark.parametrize("name", LOOP)
 def test_every_step_in_the_loop(name: str) -> None:
-    found = explore(LOOP[name], schedules=1)
+    found = explore(LOOP[name], schedules=BUDGET)
     assert found.exact
     assert found.injected["cancel"] > 0
 

@@ -74,8 +74,9 @@ def explore(
 
     After every run: it has ended, within the pipeline's `Grace` (and within `limit` real seconds); every law of the
     ledger holds, by the report and by arithmetic on it; nothing is left behind; outcome and reasons are what the fault
-    implies; no output came twice or from nowhere, and as many came as the ledger says were delivered. `compare=False`
-    is for stages whose outputs differ when an item is missing, such as sums.
+    implies; no output came twice or from nowhere, and as many came as the ledger says were delivered; and the coroutine
+    has raised nothing of its own, so that it may have `assert`s. `compare=False` is for stages whose outputs differ
+    when an item is missing, such as sums.
 
     Where threads or processes take part, steps are not the same in each run: a fault comes at the n-th step of its
     own run, for `samples` n over the length of the run. `samples` also shortens the exploration of other pipelines.

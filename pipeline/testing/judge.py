@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+from ..errors import PipelineCancelled, PipelineFailed
 from ..result import Err
 from .faults import Fault
 from .laws import broken_laws
@@ -27,6 +28,7 @@ def complaints(play: Play, plain: Play, *, compare: bool) -> list[str]:
     if play.stuck is not None:
         return [str(play.stuck)]
     found = [f"when the fault came: {law}" for law in play.seen]
+    found += _raised(play, plain)
     found += _account(play)
     found += _end(play, plain)
     if play.outputs is not None and plain.outputs is not None:
@@ -35,6 +37,15 @@ def complaints(play: Play, plain: Play, *, compare: bool) -> list[str]:
     if not plain.real:
         found += _same_so_far(play, plain)
     return found
+
+
+def _raised(play: Play, plain: Play) -> Iterator[str]:
+    """What the coroutine itself raised: how a pipeline tells of its end, a cancellation, or something of its own."""
+    error = play.error
+    if error is None or isinstance(error, (asyncio.CancelledError, PipelineCancelled, PipelineFailed)):
+        return
+    if play is plain or type(error) is not type(plain.error):
+        yield f"the coroutine raised {type(error).__name__}: {error}"
 
 
 def _account(play: Play) -> Iterator[str]:
@@ -73,15 +84,19 @@ def _told(play: Play, _: Play) -> str | None:
 
 
 def _in_time(play: Play, _: Play) -> str | None:
-    if play.real or play.stop_took is None or play.stop_took <= play.grace + _ON_TOP:
+    grace = play.grace
+    limit = grace.drain + grace.abort + grace.terminate + grace.kill
+    if play.real or play.stop_took is None or play.stop_took <= limit + _ON_TOP:
         return None
-    return f"the stop took {play.stop_took:g} s, and all phases together may take {play.grace:g} s"
+    return f"the stop took {play.stop_took:g} s, and all phases together may take {limit:g} s"
 
 
 def _nothing_lost(play: Play, plain: Play) -> str | None:
     report = play.report
     if report is None or _codes(play) != [CODE] or _loses(plain):
         return None
+    if play.stop_took is not None and play.stop_took >= play.grace.drain:
+        return None  # its time was up
     lost = {row.name: (row.cancelled, row.discarded) for row in report.stages if row.cancelled or row.discarded}
     return None if report.drained and not lost else f"a drain has lost items: drained={report.drained}, cancelled and discarded: {lost}"
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from ..cancellation.reason import CancelReason
 from ..errors import PipelineCancelled, PipelineFailed
+from ..lifecycle import Grace
 from ..pipeline import Pipeline
 from ..report import RunReport
 from ..result import Err
@@ -72,7 +73,7 @@ class Play:
         """Laws that did not hold when the fault came."""
         self.stop_took: float | None = None
         """Seconds on the loop's clock from the fault to the end of the pipeline's run."""
-        self.grace = 0.0
+        self.grace = Grace()
         self._make = make
         self._limit = limit
         self._most_steps = most_steps
@@ -184,8 +185,7 @@ class Play:
                 self.result = None if self.error else task.result()
         if pipeline is not None:
             self.report = pipeline.report
-            grace = pipeline.runtime.grace
-            self.grace = grace.drain + grace.abort + grace.terminate + grace.kill
+            self.grace = pipeline.runtime.grace
             # Also of a run that was stopped: `collect` keeps to itself what had been delivered by then.
             collected = getattr(getattr(pipeline.runtime.assembly, "sink", None), "items", None)
             if self.outputs is None and isinstance(collected, list):
