@@ -48,6 +48,8 @@ class BridgeSink:
         self._finished = False
         self._left = False
         self._over = False
+        self._connected = False
+        """Whether there is a run: one that cannot start has none."""
         self._lock = threading.Lock()
         self._room_made = asyncio.Event()
         self._alone = False
@@ -66,6 +68,7 @@ class BridgeSink:
     def connect(self, up: Counters, runtime: PipelineRuntime) -> None:
         self._up = up
         self._runtime = runtime
+        self._connected = True
 
     def attract(self, node: Node, *, alone: bool) -> None:
         self._alone = alone
@@ -216,7 +219,8 @@ class BridgeSink:
             self._close_lot()
             self._make_room()
             if self.closed and not items:
-                self._runtime.call_soon_threadsafe(self._runtime.pulse)
+                if self._connected:
+                    self._runtime.call_soon_threadsafe(self._runtime.pulse)
                 return
             self._consumer_waits = True
             if items or self.closed:  # looked at again: the loop may have passed in between

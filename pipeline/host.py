@@ -47,6 +47,11 @@ class Host:
     def _main(self) -> None:
         try:
             run_on(self._factory, self._carry(), on_interrupt=self._stop_for)
+        except BaseException as error:
+            if not self._run.runtime.closed.done():  # there was not even a loop
+                self._run.could_not_start(error)
+            self._run.sink.abort()  # nothing will come: let the consumer go
+            raise
         finally:
             self._over.set()
 
@@ -55,12 +60,8 @@ class Host:
         self._run.runtime.request_stop(StopRequest(reason, StopLevel.ABORT, Err.of(error)))
 
     async def _carry(self) -> None:
-        try:
-            self._run.start()
-            await self._run.watch()
-        except BaseException:
-            self._run.sink.abort()  # nothing will come: let the consumer go
-            raise
+        self._run.start()
+        await self._run.watch()
 
 
 def run_in_thread(run: Run, factory: LoopFactory) -> Host:

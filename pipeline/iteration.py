@@ -38,7 +38,11 @@ CloseRun = Callable[[Run], None]
 async def iterate(open_run: OpenRun, close_run: CloseRun, sink: BufferSink) -> AsyncGenerator[Any, None]:
     """Run on the consumer's own loop. `Any`: a sink does not know the type of its items, the pipeline does."""
     run = open_run(sink)
-    run.start()
+    try:
+        run.start()
+    except BaseException:
+        close_run(run)
+        raise
     pace = Pacer()
     try:
         while (outputs := sink.take()) is not None or await sink.wait_items():
@@ -76,8 +80,14 @@ def iterate_in_thread(
     """Run on a loop of its own, in a thread of its own."""
     run = open_run(sink)
     runtime = run.runtime
-    with _signals_held(triggers):
-        host = run_in_thread(run, factory)
+    with ExitStack() as held:
+        try:
+            _hold_signals(triggers, held)
+            host = run_in_thread(run, factory)
+        except BaseException as error:
+            run.could_not_start(error)
+            close_run(run)
+            raise
         try:
             yield from sink.take()
         except BaseException:
@@ -111,16 +121,12 @@ def stopped(err: Err) -> BaseException:
     return PipelineCancelled(f"the pipeline was cancelled: {err.reason}", report=err.report, reasons=err.reasons)
 
 
-def _signals_held(triggers: Sequence[Trigger]) -> ExitStack:
+def _hold_signals(triggers: Sequence[Trigger], held: ExitStack) -> None:
     """Signals come to the main thread only; the loop that asks for them is in another."""
-    held = ExitStack()
     if threading.current_thread() is threading.main_thread():
-        with held:
-            for trigger in triggers:
-                if isinstance(trigger, SignalTrigger):
-                    held.callback(trigger.hold().disarm)
-            return held.pop_all()
-    return held
+        for trigger in triggers:
+            if isinstance(trigger, SignalTrigger):
+                held.callback(trigger.hold().disarm)
 
 
 def _iteration_left(level: StopLevel = StopLevel.ABORT) -> StopRequest:

@@ -39,7 +39,11 @@ def run_on(factory: LoopFactory, main: Coroutine[Any, Any, T], *, on_interrupt: 
     `on_interrupt` gets what goes through the loop without ending `main`, a KeyboardInterrupt or SystemExit; it shall see
     to it that `main` ends.
     """
-    loop = factory()
+    try:
+        loop = factory()
+    except BaseException:
+        main.close()
+        raise
     try:
         asyncio.set_event_loop(loop)
         task = loop.create_task(main)

@@ -19,7 +19,7 @@ from .cancellation.signals import SignalTrigger
 from .metrics import Ledger, violations
 from .observe.logs import get_logger
 from .report import RunReport
-from .result import Err
+from .result import Err, describe
 from .runtime import PipelineRuntime, StopLevel, StopRequest
 from .shutdown import supervise
 from .source import Source
@@ -54,6 +54,7 @@ class Run:
         self._supervisor: asyncio.Task[None] | None = None
         self.stopped = Stopped()
         """Fences inside handlers that were left because the run stopped."""
+        self._story = _Story(runtime.name, self.stopped)
         self._over: asyncio.Future[None] | None = None
         """What `watch` waits for."""
 
@@ -66,9 +67,7 @@ class Run:
             self._arm()
             runtime.assembly = Assembly(runtime, self._source, self._links, self.sink)
         except BaseException as error:
-            self._disarm()
-            runtime.ended = monotonic()
-            runtime.closed.set_result(Err.of(error))
+            self.could_not_start(error)
             raise
         if self._log:
             runtime.on_requests = self._log_requests
@@ -84,6 +83,12 @@ class Run:
             pop_reasons(token)
         if runtime.requests:
             runtime.abort_now()
+
+    def could_not_start(self, error: BaseException) -> None:
+        """Conclude a run of which nothing but triggers has been started."""
+        self._disarm()
+        self.runtime.ended = monotonic()
+        self.runtime.closed.set_result(Err.of(error))
 
     async def watch(self) -> RunReport | Err:
         """Wait for the conclusion.
@@ -103,19 +108,24 @@ class Run:
                 interrupted = interrupted or error
         if interrupted is not None:
             raise interrupted
+        if not self.runtime.closed.done():
+            supervisor.result()  # raises what has kept it from its conclusion: better than to wait for that for ever
         return self.runtime.closed.result()
 
     def parent_cancelled(self) -> None:
         """The task that waits for this run was cancelled: abort, or kill when it is not the first time."""
         runtime = self.runtime
         if not runtime.cancelled:
-            tell_who_stopped(self._story)
+            tell_who_stopped(self._story.lines)
         again = any(request.reason.code == "parent_cancelled" for request in runtime.requests)
         for reason in get_current_reasons():  # of the scopes around the waiting task: they know why
             if reason not in runtime.reasons:
                 runtime.request_stop(StopRequest(reason, StopLevel.ABORT))
         reason = CancelReason("the task that awaits the pipeline was cancelled", CancelType.PARENT, code="parent_cancelled")
-        runtime.request_stop(StopRequest(reason, StopLevel.KILL if again else StopLevel.ABORT))
+        if again:
+            runtime.request_stop(StopRequest(reason, StopLevel.KILL))
+        elif reason not in runtime.reasons:  # that of the run around this one, in one of whose handlers this one is
+            runtime.request_stop(StopRequest(reason, StopLevel.ABORT))
 
     # --- triggers
 
@@ -132,7 +142,10 @@ class Run:
     def _disarm(self) -> None:
         handles, self._handles = self._handles, []
         for handle in reversed(handles):
-            handle.disarm()
+            try:
+                handle.disarm()
+            except Exception as error:  # a trigger of somebody's own; the others are to be disarmed, and the run to end
+                self._logger().error("a trigger could not be disarmed", error=describe(error))
 
     def _triggered(self, index: int, reason: CancelReason) -> None:
         """Each arrival asks for one step more: abort (or drain first, if the trigger says so), then kill."""
@@ -147,16 +160,6 @@ class Run:
     def interrupting(self) -> bool:
         """Whether the code inside, in the handlers, is being stopped."""
         return self.runtime.cancelled
-
-    def _story(self) -> Iterator[str]:
-        """For the scope around that has stopped this run."""
-        result = self.runtime.closed.result() if self.runtime.closed.done() else None
-        report = result.report if isinstance(result, Err) else result
-        if report is None:
-            yield f"pipeline {self.runtime.name!r}: stopping"
-        else:
-            yield f"pipeline {report.name!r}: {report.outcome}, {report.pulled} taken from the source, {report.delivered} delivered"
-        yield from self.stopped.lines()
 
     def _tell(self, *_: object) -> None:
         if self._over is not None and not self._over.done():
@@ -180,7 +183,7 @@ class Run:
         self.sink.hand_over()
         runtime.ended = monotonic()
         runtime.final_ledger = ledger = assembly.ledger(runtime.elapsed)
-        report = self._report(ledger)
+        report = self._story.report = self._report(ledger)
         if not report.balanced:
             self._logger().error("ledger out of balance", laws=list(report.imbalances))
         if self._log:
@@ -230,3 +233,20 @@ class Run:
 
     def _logger(self) -> Any:
         return get_logger(pipeline=self.runtime.name)
+
+
+class _Story:
+    """What a scope around a run tells of it: it keeps the account alive, and nothing that the run has worked with."""
+
+    def __init__(self, name: str, stopped: Stopped) -> None:
+        self.report: RunReport | None = None
+        self._name = name
+        self._stopped = stopped
+
+    def lines(self) -> Iterator[str]:
+        report = self.report
+        if report is None:
+            yield f"pipeline {self._name!r}: stopping"
+        else:
+            yield f"pipeline {report.name!r}: {report.outcome}, {report.pulled} taken from the source, {report.delivered} delivered"
+        yield from self._stopped.lines()
