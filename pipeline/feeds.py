@@ -73,7 +73,7 @@ class WaitingFeed:
         if self._hand is not None:
             self._hand.stop()  # the thread still hands over what it has pulled
         elif self._pulling and self._task is not None:
-            self._task.cancel()  # only out of the wait for an item: closing the iterator is left in peace
+            self._runtime.cancel_task(self._task)  # only out of the wait for an item: closing the iterator is left in peace
 
     def abort(self) -> None:
         self._stopping = True
@@ -157,6 +157,7 @@ class WaitingFeed:
 
     async def _pull_in_thread(self, iterable: Iterable[Any]) -> None:
         self._hand = hand = _Hand(iterable, self._runtime)
+        self._runtime.at_end.append(partial(self._report_error, hand))  # of closing the iterator, after this task's end
         if self._stopping:
             hand.stop()
         self._runtime.start_thread(hand.pull, name="source")
@@ -177,8 +178,12 @@ class WaitingFeed:
                 if not await channel.wait_room():
                     return
                 channel.put_many(hand.take(channel.room()))
-        if hand.error is not None:
-            self._fail(hand.error)
+        self._report_error(hand)
+
+    def _report_error(self, hand: _Hand) -> None:
+        error, hand.error = hand.error, None
+        if error is not None:
+            self._fail(error)
 
 
 class _Hand:

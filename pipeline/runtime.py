@@ -120,6 +120,8 @@ class PipelineRuntime:
         self._floor = StopLevel.NONE
         self._groups: dict[asyncio.Task[Any], int] = {}
         self._contexts: dict[asyncio.Task[Any], contextvars.Context] = {}
+        self._sent_off: set[asyncio.Task[Any]] = set()
+        """Cancelled by this run."""
         self._task_ends: dict[asyncio.Task[Any], Callable[[asyncio.Task[Any]], None]] = {}
         self._process_ends: dict[ProcessLike, Callable[[], None] | None] = {}
         self.supervisor: asyncio.Task[Any] | None = None
@@ -310,14 +312,18 @@ class PipelineRuntime:
         self.tasks.discard(task)
         self._groups.pop(task, None)
         self._contexts.pop(task, None)
+        self._sent_off.discard(task)
         on_end = self._task_ends.pop(task, None)
         if on_end is not None:
             on_end(task)
         self.pulse()
 
     def _supervised_ended(self, task: asyncio.Task[Any]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None and self.ended is None:
-            name = task.get_name()
+        name = task.get_name()
+        if task.cancelled():
+            if task not in self._sent_off and not self.cancelled:
+                self.request_stop(StopRequest(_cancelled_by_others(name), StopLevel.ABORT))
+        elif (error := task.exception()) is not None and self.ended is None:
             self.fail(Err.of(error, stage=name), origin=name, code="internal_error", level=StopLevel.ABORT)
         self._task_ended(task)
 
@@ -411,7 +417,12 @@ class PipelineRuntime:
         for task in list(self.tasks):
             group = self._groups.get(task)
             if task is not self.supervisor and (upto is None or (group is not None and group <= upto)):
-                task.cancel()
+                self.cancel_task(task)
+
+    def cancel_task(self, task: asyncio.Task[Any]) -> None:
+        """Cancel one task of this run. One that somebody else cancels stops the run."""
+        self._sent_off.add(task)
+        task.cancel()
 
     # --- internals: waiting
 
@@ -461,3 +472,11 @@ class PipelineRuntime:
 
     def _left_threads(self) -> set[threading.Thread]:
         return self.threads - {self._host} if self._host else self.threads
+
+
+def _cancelled_by_others(name: str) -> CancelReason:
+    message = (
+        f"task {name!r} was cancelled, and not by its run: a handler that cancels its own task? "
+        "To stop a pipeline, call its cancel() or return KillSwitch(reason)"
+    )
+    return CancelReason(message, CancelType.ERROR, code="task_cancelled", origin=name)
