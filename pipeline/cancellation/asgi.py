@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
@@ -41,13 +41,16 @@ class ClientConnection:
     the complete response is no disconnect.
 
     Up to `read_ahead` bytes of body are read before the application asks for them; while more than that waits, a
-    disconnect is noticed only when the application has read on, or when sending fails.
+    disconnect is noticed only when the application has read on, or when sending fails. With `on_demand` nothing is read,
+    and no disconnect noticed, before the application asks for the first time: for a client that waits for that
+    ("Expect: 100-continue"). After the block the server's own `receive()` is asked.
     """
 
-    def __init__(self, receive: Receive, send: Send, *, read_ahead: int = 1 << 20) -> None:
+    def __init__(self, receive: Receive, send: Send, *, read_ahead: int = 1 << 20, on_demand: bool = False) -> None:
         self._receive = receive
         self._send = send
         self._read_ahead = read_ahead
+        self._asked = not on_demand
         self._waiting: deque[Message] = deque()
         self._size = 0
         self._changed: list[asyncio.Future[None]] = []
@@ -67,6 +70,7 @@ class ClientConnection:
 
     async def __aenter__(self) -> Self:
         self._reader = asyncio.create_task(self._read(), name="ASGI receive")
+        self._reader.add_done_callback(self._wake)
         return self
 
     async def __aexit__(
@@ -91,6 +95,11 @@ class ClientConnection:
                 raise self._failure
             if self._last is not None:
                 return self._last
+            if self._reader is None or self._reader.done():
+                return await self._receive()
+            if not self._asked:
+                self._asked = True
+                self._wake()
             await self._change()
 
     async def send(self, message: Message) -> None:
@@ -105,14 +114,13 @@ class ClientConnection:
 
     async def _read(self) -> None:
         while self._last is None:
-            if self._size > self._read_ahead:
+            if self._size > self._read_ahead or not self._asked:
                 await self._change()
                 continue
             try:
                 message = await self._receive()
             except Exception as error:  # a broken channel is the application's to hear of, when it reads
                 self._failure = error
-                self._wake()
                 return
             if message["type"] in ("http.disconnect", "websocket.disconnect"):
                 self._last = message
@@ -133,7 +141,7 @@ class ClientConnection:
         self._changed.append(waiter)
         await waiter
 
-    def _wake(self) -> None:
+    def _wake(self, *_: object) -> None:
         waiters, self._changed = self._changed, []
         for waiter in waiters:
             if not waiter.done():
@@ -165,7 +173,8 @@ class DisconnectMiddleware:
         if scope["type"] not in ("http", "websocket") or _KEY in scope:
             await self.app(scope, receive, send)
             return
-        async with ClientConnection(receive, send, read_ahead=self._read_ahead) as client:
+        on_demand = _waits_for_continue(scope)
+        async with ClientConnection(receive, send, read_ahead=self._read_ahead, on_demand=on_demand) as client:
             scope[_KEY] = client
             await self.app(scope, client.receive, client.send)
 
@@ -178,7 +187,7 @@ class _Response:
         self.complete = False
 
     def advance(self, message: Message) -> None:
-        kind = message["type"]
+        kind = str(message["type"]).replace("websocket.http.", "http.")  # a handshake that is refused gets a response, too
         if kind == "http.response.start":
             self._trailers = bool(message.get("trailers"))
         elif kind in ("http.response.body", "http.response.pathsend", "http.response.zerocopysend"):
@@ -187,6 +196,12 @@ class _Response:
             self.complete = not message.get("more_trailers")
         elif kind == "websocket.close":
             self.complete = True
+
+
+def _waits_for_continue(scope: MutableMapping[str, Any]) -> bool:
+    """Whether asking for the body tells the client to send it, which an application may want to refuse."""
+    headers: Iterable[tuple[bytes, bytes]] = scope.get("headers") or ()
+    return any(name.lower() == b"expect" for name, _ in headers)
 
 
 def _connection(client: Any) -> ClientConnection:
