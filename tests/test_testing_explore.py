@@ -14,10 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
+from helpers import run_program
 
 from pipeline import Err, Grace, Pipeline, is_err
 from pipeline.channel import Channel
@@ -384,6 +386,26 @@ class TestWhatIsExplored:
         assert trace(0) == trace(0)
         assert trace(7) == trace(7)
         assert len({tuple(trace(seed)) for seed in range(6)}) > 3
+
+    def test_also_the_first_one_in_a_program(self, tmp_path: Path) -> None:
+        """The library loads parts of itself when they are needed: in the middle of a run."""
+        finished = run_program(
+            tmp_path,
+            """
+            from pipeline import Pipeline
+            from pipeline.testing import replay
+            from stages import map
+
+            def trace():
+                return replay(lambda: Pipeline(range(4)) >> map(double) >> map(abs), None, seed=4).trace
+
+            def double(n):
+                return n * 2
+
+            assert trace() == trace()
+            """,
+        )
+        assert finished.code == 0, finished.err
 
     def test_callbacks_keep_their_order_in_every_schedule(self) -> None:
         async def in_order() -> list[int]:

@@ -17,6 +17,7 @@ from ..lifecycle import Grace
 from ..pipeline import Pipeline
 from ..report import RunReport
 from ..result import Err
+from ..runtime import PipelineRuntime
 from .clock import StuckError
 from .faults import Calls, Fault
 from .laws import broken_laws
@@ -81,6 +82,7 @@ class Play:
         self._pipeline: Pipeline[Any] | None = None
         self._task: asyncio.Task[Any] | None = None
         self._loop: SteppingLoop | None = None
+        self._runtime: PipelineRuntime | None = None
         self._injected_at: float | None = None
         self._surveyed: list[tuple[int, Calls]] = []
 
@@ -119,6 +121,7 @@ class Play:
 
     def _before_step(self, step: int, handle: asyncio.Handle) -> None:
         self._calls.rest()
+        self._notice_run()
         victim = self.victim
         if victim is None:
             self._survey(step, handle)
@@ -127,6 +130,12 @@ class Play:
             if step == victim.step:
                 self.victim_label = self.trace[-1]
                 self._inject(victim)
+
+    def _notice_run(self) -> None:
+        """The first run that the pipeline has, or is a part of: afterwards a part does not know of it any more."""
+        if self._runtime is None and self._pipeline is not None:
+            runtime = self._pipeline.runtime
+            self._runtime = runtime if runtime.loop is not None else None
 
     def _survey(self, step: int, handle: asyncio.Handle) -> None:
         assert self._loop is not None
@@ -143,22 +152,22 @@ class Play:
         assert task is not None
         assert loop is not None
         self._injected_at = loop.time()
-        going = pipeline.runtime.ended is None
+        going = self._runtime is None or self._runtime.ended is None
         if fault is Fault.LOOK:
             self.seen = broken_laws(pipeline.snapshot())
             self.took_effect = going
         elif fault.cancels:
             handle = pipeline.cancel(CODE, code=CODE, drain=fault is Fault.DRAIN, force=fault is Fault.FORCE)
-            self.took_effect = bool(handle)
+            # After the end it may still be the first cancel of a part that has never run by itself: not of this run.
+            self.took_effect = bool(handle) and going
         elif fault is Fault.TASK:
             self.took_effect = task.cancel(CODE)
         elif fault is Fault.TIME:
             self.took_effect = loop.leap()
         else:
             self._calls.watch(self._handlers())
-        closed = pipeline.runtime.closed
-        if going and not closed.done():
-            closed.add_done_callback(partial(self._run_closed, loop))
+        if going and self._runtime is not None:
+            self._runtime.closed.add_done_callback(partial(self._run_closed, loop))
 
     def _run_closed(self, loop: SteppingLoop, _: object) -> None:
         assert self._injected_at is not None
@@ -166,13 +175,12 @@ class Play:
 
     def _handlers(self) -> list[Callable[..., Any]]:
         """Those of the stages in the loop, as far as they have any."""
-        assert self._pipeline is not None
-        assembly = self._pipeline.runtime.assembly
+        assembly = self._runtime.assembly if self._runtime is not None else None
         seats = assembly.seats if assembly is not None else ()
         return [handler.function for seat in seats for handler in getattr(seat.stage, "handlers", ())]
 
     def _write_down(self) -> None:
-        loop, task, pipeline = self._loop, self._task, self._pipeline
+        loop, task = self._loop, self._task
         assert loop is not None
         self.steps, self.real = loop.steps, loop.real
         assert loop.saw_tasks, "this version of asyncio does not tell whose step a callback is"
@@ -183,11 +191,14 @@ class Play:
             else:
                 self.error = task.exception()
                 self.result = None if self.error else task.result()
-        if pipeline is not None:
-            self.report = pipeline.report
-            self.grace = pipeline.runtime.grace
+        self._notice_run()
+        if self._runtime is not None:
+            closed = self._runtime.closed
+            ended = closed.result() if closed.done() else None
+            self.report = ended.report if isinstance(ended, Err) else ended
+            self.grace = self._runtime.grace
             # Also of a run that was stopped: `collect` keeps to itself what had been delivered by then.
-            collected = getattr(getattr(pipeline.runtime.assembly, "sink", None), "items", None)
+            collected = getattr(getattr(self._runtime.assembly, "sink", None), "items", None)
             if self.outputs is None and isinstance(collected, list):
                 self.outputs = cast("list[Any]", collected)
         if self.victim is not None and self.victim.fault is Fault.RAISE:

@@ -195,10 +195,14 @@ class Ticks:
         self._now += _TICKS[0] if self._order is None else self._order.choice(_TICKS)
         return self._now
 
+    def missed(self) -> bool:
+        """While they are installed: whether another module has been loaded since."""
+        return bool(_that_measure())
+
     @contextmanager
     def installed(self) -> Generator[None, None, None]:
         """Every module of the library that measures with `perf_counter` gets these ticks instead."""
-        modules = [module for module in _modules() if vars(module).get("perf_counter") is time.perf_counter]
+        modules = _that_measure()
         try:
             for module in modules:
                 setattr(module, "perf_counter", self)  # noqa: B010
@@ -210,8 +214,10 @@ class Ticks:
             _forget_compiled()
 
 
-def _modules() -> list[ModuleType]:
-    return [module for name, module in sys.modules.copy().items() if name.partition(".")[0] in _PACKAGES]
+def _that_measure() -> list[ModuleType]:
+    """The library's modules that look at the real clock."""
+    modules = [module for name, module in sys.modules.copy().items() if name.partition(".")[0] in _PACKAGES]
+    return [module for module in modules if vars(module).get("perf_counter") is time.perf_counter]
 
 
 def _forget_compiled() -> None:
