@@ -173,7 +173,7 @@ class ProcessExecutor:
 
     def obey(self, link: WorkerLink, kind: Frame, content: Any) -> None:
         load = self._loads.get(link)
-        if load is None or self._aborted:
+        if load is None or (self._aborted and kind is not Frame.BROKEN):  # a `teardown` that fails is heard even then
             return
         if kind is Frame.RESULTS:
             self._results(link, load, *content)
