@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import LIMIT, Flag, Journal, assert_balanced, eventually, run_program
 from structlog.testing import capture_logs
 
-from helpers import LIMIT, Flag, Journal, assert_balanced, eventually, run_program
 from pipeline import Err, ErrorPolicy, Pipeline, RunReport, StageMetrics, WorkerLostError
 from stages import InProcess, Retry, mix_pool, stage
 from workers.process.staff import Budget
@@ -240,6 +240,49 @@ async def test_a_death_is_noticed_within_50_ms(tmp_path: Path) -> None:
     held.go.set()
     assert await run == [5]
     assert statistics.median(seconds) < 0.05
+
+
+def test_the_death_of_the_fork_server_costs_what_is_in_work_and_leaves_nobody(tmp_path: Path) -> None:
+    source = """
+        import asyncio, os, signal
+        from pathlib import Path
+        from multiprocess import forkserver
+        from helpers import Flag, Journal, eventually
+        from pipeline import Pipeline
+        from stages import stage
+
+        journal, go = Journal(Path("journal")) if __name__ == "__main__" else None, Flag(Path("go"))
+
+        @stage(run_in="process", concurrency=2)
+        def work(item):
+            with open("journal", "a") as file:
+                print(os.getpid(), file=file)
+            go.wait()
+            return item
+
+        async def main():
+            pipeline = Pipeline(range(10)) >> work
+            run = asyncio.create_task(pipeline.run())
+            await eventually(lambda: len(journal.lines()) == 2)
+            first = [int(pid) for pid in journal.lines()]
+            os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+            await eventually(lambda: pipeline.snapshot().stages[0].lost == 2)
+            await eventually(lambda: not any(alive(pid) for pid in first))
+            go.set()
+            report = await run
+            print(report.outcome, report.balanced, report.delivered)
+
+        def alive(pid):
+            try:
+                return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+            except OSError:
+                return False
+
+        if __name__ == "__main__":
+            asyncio.run(main())
+    """
+    finished = run_program(tmp_path, source)
+    assert (finished.code, finished.out) == (0, "completed True 8\n"), finished.err
 
 
 # --- the budget

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from helpers import LIMIT, Flag, Journal, assert_balanced, eventually
+
 from pipeline import Err, ErrorPolicy, Pipeline, StageConfigError, StageMetrics, WorkerLostError
 from stages import InProcess, stage
 

@@ -19,9 +19,9 @@ from typing import Any
 import psutil
 import pytest
 import structlog
+from helpers import LIMIT, Flag, assert_balanced, eventually, run_program
 from structlog.testing import capture_logs
 
-from helpers import LIMIT, Flag, assert_balanced, eventually, run_program
 from pipeline import Pipeline
 from stages import InProcess, stage
 

@@ -21,13 +21,13 @@ from multiprocess import reduction, resource_tracker
 from pipeline.errors import PipelineError
 from pipeline.runtime import PipelineRuntime
 
-from . import child, voice
+from . import entry, voice
 from .handlers import main_is_importable
 
 __all__ = ["explained", "is_importing_main", "launch"]
 
 _SAFE_PATH = "PYTHONSAFEPATH"
-_PRELOAD = ["workers.process.child", "asyncio", "dill", "multiprocess.connection", "multiprocess.reduction"]
+_PRELOAD = ["workers.process.entry", "asyncio", "dill", "multiprocess.connection", "multiprocess.reduction"]
 """Imported once by the fork server, so that a worker starts in a few milliseconds."""
 
 _multiprocess: Any = multiprocess  # its functions are made at import, out of a type checker's sight
@@ -44,7 +44,7 @@ def launch(runtime: PipelineRuntime, method: str, arguments: tuple[Any, ...], *,
         with _safe_path():
             if method == "forkserver":
                 context = _Context(context, voices)
-            return runtime.start_process(context, child.main, arguments, name=name)
+            return runtime.start_process(context, entry.main, arguments, name=name)
 
 
 def is_importing_main() -> bool:
@@ -74,7 +74,7 @@ class _SpeakingName(str):
 
     It is the first thing that the process reads, before it imports the main program, which may print, log and fail. So
     what redirects the output travels with it. A process that has nothing of this library yet (a spawned one, or one of a
-    fork server that others have started) could not import it here; its output is redirected when it gets to `child.main`.
+    fork server that others have started) could not import it here; its output is redirected when it gets to `entry.main`.
     """
 
     _voices: tuple[int, ...] = ()

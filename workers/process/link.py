@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import fcntl
 import os
+import signal
 import sys
 import threading
 import weakref
@@ -38,6 +39,9 @@ _PIPE_SIZE = 1 << 20
 _NOT_YET: Any = object()
 _REAP = 1.0
 """Seconds for a killed process to be reaped."""
+
+_UNKNOWN = 255
+"""The exit code of a process whose fork server has died, and which may still be alive: nobody can tell."""
 
 _ending = threading.Event()
 _alive: weakref.WeakSet[WorkerLink] = weakref.WeakSet()
@@ -284,6 +288,9 @@ class WorkerLink:
             if not chunk:
                 break
             self._take(chunk)
+        if self._reading and self._process.exitcode == _UNKNOWN:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
         self.output.finish()
         self.last_item, self.last_attempt = self.words[SharedWords.ITEM], self.words[SharedWords.ATTEMPT]
         exit_code: int | None = self._process.exitcode
@@ -305,6 +312,7 @@ class WorkerLink:
     def _close_child_ends(self) -> None:
         for end in self._child_ends:
             end.close()
+        self._words.close_descriptor()
         for arena in self._arenas:
             if arena is not None:
                 arena.close_descriptor()

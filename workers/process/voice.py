@@ -37,7 +37,7 @@ _began = False
 
 def levels() -> dict[str, int]:
     """In the parent: the levels of its loggers, which are those of the worker's; "" is the root's."""
-    named = {name: each.level for name, each in logging.root.manager.loggerDict.items() if isinstance(each, logging.Logger) and each.level}
+    named = {name: each.level for name, each in list(logging.root.manager.loggerDict.items()) if isinstance(each, logging.Logger) and each.level}
     return {"": logging.root.level, **named}
 
 
