@@ -64,7 +64,7 @@ class EndTrigger(Trigger):
     code: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.watched, HasEnding):
+        if isinstance(self.watched, type) or not isinstance(self.watched, HasEnding):
             raise TypeError(f"EndTrigger watches a Fence or a Pipeline, got {self.watched!r}")
 
     def check(self) -> CancelReason | None:
