@@ -6,7 +6,6 @@ import asyncio
 import gc
 import math
 import re
-import selectors
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from helpers import LeapingLoop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -1221,39 +1221,6 @@ async def test_the_tree_says_when_nothing_was_interrupted() -> None:
 
 
 # --- any triggers in any nesting: counters, timers, waiters, tasks and reasons balance
-
-
-class LeapingSelector(selectors.DefaultSelector):
-    """Instead of waiting for a timer it moves the clock to it: runs with timeouts are exact, and take no time."""
-
-    now = 0.0
-
-    def select(self, timeout: float | None = None) -> Any:
-        ready = super().select(0)
-        if not ready:
-            assert timeout is not None, "everything waits and nothing is due"
-            self.now += timeout
-        return ready
-
-
-class LeapingLoop(asyncio.SelectorEventLoop):
-    """Runs on the selector's clock and knows which of its timers are alive."""
-
-    def __init__(self) -> None:
-        self.clock = LeapingSelector()
-        self.timers: list[asyncio.TimerHandle] = []
-        super().__init__(self.clock)
-
-    def time(self) -> float:
-        return self.clock.now
-
-    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:
-        handle = super().call_at(when, callback, *args, context=context)
-        self.timers.append(handle)
-        return handle
-
-    def live_timers(self) -> int:
-        return sum(not timer.cancelled() and timer.when() > self.clock.now for timer in self.timers)
 
 
 Plan = tuple[Any, ...]

@@ -225,7 +225,7 @@ def _check_delay(delay: object) -> None:
 
 def _check_deadline(when: object) -> None:
     if isinstance(when, datetime):
-        if when.tzinfo is None:
+        if when.utcoffset() is None:
             raise TypeError(f"DeadlineTrigger needs a datetime with a time zone, such as datetime.now(UTC), got {when!r}")
         return
     if isinstance(when, bool) or not isinstance(when, (int, float)):
