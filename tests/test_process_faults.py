@@ -388,6 +388,17 @@ async def test_an_item_that_holds_the_interpreters_lock_is_ended_at_its_timeout(
     assert (of(pipeline).timed_out, of(pipeline).failed, of(pipeline).lost) == (1, 1, 0)
 
 
+async def test_a_worker_that_is_stopped_is_ended_at_its_items_timeout() -> None:
+    def stops(item: int) -> int:
+        if item == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return item
+
+    pipeline = Pipeline(range(9)) >> stage(run_in="process", timeout=0.2, ordered=True)(stops)
+    assert await outputs(pipeline) == [0, 1, 2, 4, 5, 6, 7, 8]
+    assert of(pipeline).timed_out == 1
+
+
 async def test_an_attempt_that_is_ended_at_its_timeout_is_tried_again_in_another_worker(tmp_path: Path) -> None:
     first = Flag(tmp_path / "first")
 

@@ -138,6 +138,20 @@ async def test_a_cancel_reaches_workers_that_are_being_replaced(tmp_path: Path) 
     assert result.report.abandoned == ()
 
 
+async def test_a_drain_finishes_what_workers_that_are_being_replaced_hold() -> None:
+    pipeline = Pipeline(iter(int, 1)) >> stage(run_in="process", concurrency=2, max_items=2)(abs)
+    run = asyncio.create_task(pipeline.run())
+    await eventually(lambda: pipeline.snapshot().delivered > 10)
+    pipeline.cancel("enough", drain=True)
+    result = await asyncio.wait_for(run, LIMIT)
+    assert isinstance(result, Err)
+    report = result.report
+    assert report is not None
+    assert_balanced(report)
+    assert (report.drained, report.stages[0].cancelled) == (True, 0)
+    assert report.delivered == report.pulled
+
+
 # --- max_memory
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 from collections import deque
@@ -28,9 +29,11 @@ __all__ = ["WorkerOutput"]
 
 _CHUNK = 1 << 10
 """Bytes read at once while lines are shown: a record costs some 50 µs, and the loop has others to serve."""
+_PIPE = 1 << 14
+"""Bytes that a pipe holds: so much, at most, is shown in one piece, when the worker has ended."""
 _FLOOD = 1 << 16
 """Bytes read at once while they are only counted."""
-_REST = 0.002
+_REST = 0.001
 """Seconds between two such readings."""
 _LAST = 1 << 20
 """Bytes read of each stream, at most, when the worker has ended: somebody else may go on writing."""
@@ -63,6 +66,8 @@ class WorkerOutput:
         try:
             for name in STREAMS:
                 reading, writing = os.pipe()
+                with contextlib.suppress(OSError, AttributeError):
+                    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, _PIPE)
                 self._child_ends.append(ChildEnd(writing))
                 self._streams.append(_Stream(self, name, reading))
         except BaseException:
@@ -116,6 +121,7 @@ class WorkerOutput:
 
     def say(self, stream: str, lines: list[bytes]) -> None:
         """Show these lines, as many as there may be."""
+        log = get_logger()
         for line in lines:
             text = line.decode(errors="replace").rstrip("\r")
             if stream == "stderr":
@@ -128,7 +134,7 @@ class WorkerOutput:
             self._lines -= 1
             self._tell_unshown()
             level, event, fields = _record(text) if stream == "log" else ("warning" if stream == "stderr" else "info", text, {})
-            getattr(get_logger(), level)(event, **{**fields, **self._tags, "stream": stream})
+            getattr(log, level)(event, **{**fields, **self._tags, "stream": stream})
 
     def pass_over(self, lines: int) -> None:
         """So many lines are not shown."""

@@ -137,7 +137,7 @@ class ProcessExecutor:
             parcel = backlog.popleft()
             idle = sum(not other.held for _, other in ready)
             # The last ones are shared among all that have nothing to do.
-            size = min(space, -(-len(parcel.items) // max(idle - len(backlog), 1)), self._left_of(load))
+            size = max(min(space, -(-len(parcel.items) // max(idle - len(backlog), 1)), self._left_of(load)), 1)
             if size < len(parcel.items):
                 backlog.appendleft(parcel.split(size))
             self._give(link, load, parcel)
