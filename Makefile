@@ -9,6 +9,8 @@ ONLY ?=
 PEERS ?=
 UVLOOP ?=
 MERGE ?=
+SECONDS ?= 600
+SEED ?= 1
 
 .PHONY: demo test matrix explore bench lint types check clean
 
@@ -26,6 +28,10 @@ matrix: $(VENV)/.installed-dev
 ORDERS ?= 10
 explore: $(VENV)/.installed-dev
 	EXPLORE=$(ORDERS) $(BIN)/python -m pytest tests/test_explorer.py --timeout=0
+
+# `make soak SECONDS=600 SEED=1`: mixed pipelines under random faults.
+soak: $(VENV)/.installed-dev
+	cd tests && PYTHONPATH=.. ../$(BIN)/python -m matrix.soak --seconds $(SECONDS) --seed $(SEED)
 
 # `make bench ROUNDS=5 ONLY=sync3 PEERS=streamable UVLOOP=1 MERGE=1`: see benchmarks/README.md.
 bench: $(BENCH)/.installed

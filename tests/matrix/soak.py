@@ -22,7 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
@@ -41,7 +41,7 @@ from pipeline import (
     RunReport,
     TimeoutTrigger,
 )
-from stages import batch, filter, flat_map, map, mix_pool, stage, take, tap
+from stages import Retry, batch, filter, flat_map, map, mix_pool, stage, take, tap
 
 from .topologies import nap, rest
 
@@ -103,7 +103,7 @@ class Plan:
     endless: bool
     after: float
     dice: random.Random
-    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.how} of {' >> '.join(self.names)} with {self.fault} after {self.after:.3f} s"
@@ -155,7 +155,7 @@ STAGES: list[tuple[str, Callable[[random.Random], Any]]] = [
     ("crew", lambda dice: stage(concurrency=dice.randint(2, 9), buffer=dice.choice((None, 0, 1, 5)))(nap_of_any)),
     ("ordered", lambda dice: stage(concurrency=dice.randint(2, 9), ordered=True)(nap_of_any)),
     ("trips", lambda dice: stage(Trips(dice.choice((2, 17, 301)), same))),
-    ("trips async", lambda dice: stage(concurrency=dice.randint(1, 3), retry=dice.choice((None, 2)))(trips_and_waits)),
+    ("trips async", lambda dice: stage(concurrency=dice.randint(1, 3), retry=dice.choice((None, Retry(2, wait=0.001))))(trips_and_waits)),
     ("fork", lambda dice: mix_pool(fork_merge=max, buffer=2)(lambda: [nap_of_any, same])),
     ("batch", lambda dice: batch(dice.choice((1, 3, 50)), within=dice.choice((None, 0.005)))),
     ("flat_map", lambda dice: flat_map(twice)),
@@ -198,6 +198,7 @@ def _broken_source(limit: int | None, at: int) -> Iterator[int]:
 
 async def go(plan: Plan) -> RunReport | None:
     """Run it, inject the fault, and return the account."""
+    began = time.monotonic()
     fault = asyncio.create_task(befall(plan)) if plan.fault not in ("nothing", "fence", "trigger", "cancelled task") else None
     work = asyncio.create_task(consume(plan))
     try:
@@ -211,6 +212,7 @@ async def go(plan: Plan) -> RunReport | None:
             if error is not None and not isinstance(error, (PipelineCancelled, PipelineFailed)):
                 raise error
     finally:
+        plan.seconds = time.monotonic() - began
         if fault is not None:
             fault.cancel()
             await asyncio.wait([fault])
@@ -322,6 +324,7 @@ async def soak(seconds: float, seed: int, only: int | None) -> int:
     await asyncio.gather(*(asyncio.to_thread(time.sleep, 0.01) for _ in range(64)))
     watch, faults, outcomes = Watch(), Counter[str](), Counter[str]()
     runs = items = failed = 0
+    slowest = (0.0, -1)
     began, spoke = time.monotonic(), time.monotonic()
     numbers = iter([only]) if only is not None else count()
     while time.monotonic() - began < seconds:
@@ -339,6 +342,7 @@ async def soak(seconds: float, seed: int, only: int | None) -> int:
             except BaseException as error:
                 failed += 1
                 print(f"run {number} of seed {seed} FAILED: {plan}: {type(error).__name__}: {error}", flush=True)
+            slowest = max(slowest, (plan.seconds, number))
             report = result if isinstance(result, RunReport) else None
             items += report.pulled if report else 0
             faults[plan.fault] += plan.fault != "nothing"
@@ -361,6 +365,7 @@ async def soak(seconds: float, seed: int, only: int | None) -> int:
         print(f"memory has grown by {watch.grown():.1f} MiB: {watch.memory}")
     print(f"{runs:,} runs, {items:,} items in {time.monotonic() - began:.0f} s, seed {seed}; {watch.look()}")
     print("faults injected:", ", ".join(f"{name} {number:,}" for name, number in sorted(faults.items()) if number))
+    print(f"slowest: run {slowest[1]}, {slowest[0]:.1f} s")
     print("outcomes:", ", ".join(f"{name} {number:,}" for name, number in sorted(outcomes.items())))
     print(f"{failed} failed" if failed else "all ledgers balanced; descriptors, threads and memory flat")
     return 1 if failed else 0
