@@ -12,7 +12,7 @@ MERGE ?=
 SECONDS ?= 600
 SEED ?= 1
 
-.PHONY: demo test matrix explore bench lint types check clean
+.PHONY: demo test matrix soak explore bench lint types check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/10_index_source.py $(PATH_TO_INDEX)
