@@ -75,11 +75,12 @@ _current: ContextVar[Link | None] = ContextVar("penstock_reasons", default=None)
 def get_current_reasons() -> tuple[CancelReason, ...]:
     """Why the code that asks is being stopped: the reasons of the fences and pipelines around it, innermost first.
 
-    Empty as long as nothing fired. Tasks inherit what surrounded the place where they were created; a thread does so
+    Empty as long as nothing fired; a reason that a fence has given to a pipeline inside it comes once. Tasks inherit what surrounded the place where they were created; a thread does so
     if it was started with a copy of the context, as `asyncio.to_thread` does. In a worker process it gives the
     pipeline's reasons.
     """
-    return tuple(reason for link in _outwards(_current.get()) for reason in link.provider())
+    found = {id(reason): reason for link in _outwards(_current.get()) for reason in link.provider()}
+    return tuple(found.values())
 
 
 def push_reasons(provider: ReasonsProvider, scope: Scope | None = None) -> Token[Link | None]:
