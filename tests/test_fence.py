@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from pipeline.cancellation import (
     CancelReason,
     CancelType,
+    DeadlineTrigger,
+    EndTrigger,
     EventTrigger,
     Fence,
     TimeoutTrigger,
@@ -1232,20 +1234,23 @@ trigger_plans = st.one_of(
     st.tuples(st.just("timeout"), times | st.just(math.inf)),
     st.tuples(st.just("event"), numbers),
     st.tuples(st.just("manual"), st.booleans()),
+    st.tuples(st.just("deadline"), times | st.just(math.inf)),
+    st.tuples(st.just("end"), numbers),
 )
 actions = st.one_of(
     st.tuples(st.just("sleep"), times),
     st.tuples(st.sampled_from(["set", "clear"]), numbers),
-    st.just(("cancel innermost",)),
-    st.just(("raise",)),
+    st.sampled_from([("cancel innermost",), ("cancel outermost from a thread",), ("raise",)]),
+    st.tuples(st.just("beside"), numbers, times),
 )
 endings = st.sampled_from(["let go", "let go", "clean up", "swallow", "uncancel"])
 
 
 def scopes(inside: st.SearchStrategy[list[Plan]]) -> st.SearchStrategy[list[Plan]]:
     fences = st.tuples(st.just("fence"), st.lists(trigger_plans, max_size=3), endings, inside)
+    watched = st.tuples(st.just("watched fence"), numbers, endings, inside)
     timeouts = st.tuples(st.just("asyncio.timeout"), times, inside)
-    return st.lists(st.one_of(fences, fences, timeouts, actions), max_size=4)
+    return st.lists(st.one_of(fences, fences, watched, timeouts, actions), max_size=4)
 
 
 plans = st.recursive(st.lists(actions, max_size=3), scopes, max_leaves=8)
@@ -1257,6 +1262,9 @@ class Nest:
 
     events: list[CountedEvent] = field(default_factory=lambda: [CountedEvent() for _ in range(EVENTS)])
     manuals: list[Manual] = field(default_factory=list)
+    watched: list[Fence] = field(default_factory=lambda: [Fence() for _ in range(EVENTS)])
+    """Fences whose ends are triggers: entered around, inside or beside those who watch them, or never."""
+    siblings: list[asyncio.Task[None]] = field(default_factory=list)
     inside: list[Fence] = field(default_factory=list)
     left: list[tuple[Fence, tuple[CancelReason, ...]]] = field(default_factory=list)
     refused: bool = False
@@ -1274,10 +1282,20 @@ class Nest:
                 case ("cancel innermost",):
                     if self.inside:
                         self.inside[-1].cancel()
+                case ("cancel outermost from a thread",):
+                    if self.inside:
+                        thread = threading.Thread(target=self.inside[0].cancel)
+                        thread.start()
+                        thread.join()
+                case ("beside", number, seconds):
+                    self.siblings.append(asyncio.create_task(self.beside(self.watched[number], seconds)))
                 case ("raise",):
                     raise ValueError("boom")
                 case ("fence", triggers, ending, body):
-                    await self.fenced([self.trigger(*trigger) for trigger in triggers], ending, body)
+                    await self.fenced(Fence(*(self.trigger(*trigger) for trigger in triggers)), ending, body)
+                case ("watched fence", number, ending, body):
+                    if not self.watched[number]._entered:
+                        await self.fenced(self.watched[number], ending, body)
                 case (_, seconds, body):
                     with suppress(TimeoutError):
                         async with asyncio.timeout(seconds):
@@ -1288,9 +1306,14 @@ class Nest:
         await asyncio.sleep(seconds)
         assert not has_to_stop, "an await came back in a fence that had a reason"
 
-    async def fenced(self, triggers: list[Any], ending: str, body: list[Plan]) -> None:
+    async def beside(self, fence: Fence, seconds: int) -> None:
+        if not fence._entered:
+            with fence:
+                await asyncio.sleep(seconds)
+
+    async def fenced(self, fence: Fence, ending: str, body: list[Plan]) -> None:
         try:
-            with Fence(*triggers) as fence:
+            with fence:
                 self.inside.append(fence)
                 try:
                     await self.carry_out(body)
@@ -1311,6 +1334,10 @@ class Nest:
             return TimeoutTrigger(argument)
         if kind == "event":
             return EventTrigger(self.events[argument])
+        if kind == "deadline":
+            return DeadlineTrigger(asyncio.get_running_loop().time() + argument)
+        if kind == "end":
+            return EndTrigger(self.watched[argument])
         self.manuals.append(Manual(fired=argument))
         return self.manuals[-1]
 
@@ -1335,6 +1362,9 @@ def test_random_triggers_in_random_nestings_leave_everything_balanced(plan: list
         requested: list[bool] = []
         stranger = loop.call_at(math.inf if cancel_at is None else cancel_at, lambda: requested.append(task.cancel()))
         await asyncio.wait([task])
+        if nest.siblings:
+            await asyncio.wait(nest.siblings)
+            assert all(sibling.cancelling() == 0 and not sibling.cancelled() for sibling in nest.siblings)
         stranger.cancel()
         await turns()
 
@@ -1347,6 +1377,7 @@ def test_random_triggers_in_random_nestings_leave_everything_balanced(plan: list
             assert isinstance(task.exception(), ValueError | None)
         assert [event.waiting for event in nest.events] == [0] * EVENTS
         assert [manual.armed for manual in nest.manuals] == [[]] * len(nest.manuals)
+        assert [fence.ending._watchers for fence in nest.watched] == [{}] * EVENTS
         assert [fence.reasons for fence, _ in nest.left] == [reasons for _, reasons in nest.left]
         assert loop.live_timers() == 0
         assert asyncio.all_tasks() == {this_task()}
