@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import structlog
+import uvloop
 from helpers import run_program
 
 from pipeline import Err, Grace, Pipeline, is_err
@@ -465,8 +466,9 @@ class TestAround:
         async def inside() -> None:
             explore(waiting)
 
-        with pytest.raises(RuntimeError, match=r"cannot run inside of another \(.*Loop\): call it from a plain function"):
-            asyncio.run(inside())
+        for run in (asyncio.run, uvloop.run):
+            with pytest.raises(RuntimeError, match=r"cannot run inside of another \(.*Loop\): call it from a plain function"):
+                run(inside())
 
     def test_the_librarys_clock_and_its_logs_are_as_they_were(self) -> None:
         import stages.lane
