@@ -2,8 +2,8 @@
 
 The rules kept here:
 
-- Nothing in the library starts a task, a thread or a process except through this object, so what a run has started is
-  what is registered here, and a run is closed when the registers are empty.
+- Nothing in the library starts a task, a thread or a process except through this object's registers, and a run is closed
+  when those are empty.
 - A stop is a request appended to a list, which is atomic in any thread and in a signal handler. State, reason and
   outcome are read off that list; nothing is ever set back.
 """
@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextvars
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from .cancellation.reason import CancelReason, CancelType
 from .lifecycle import Grace, PipelineState, may_move
+from .registers import Registers
 from .result import Err, describe
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from .metrics import Ledger
     from .report import RunReport
 
-__all__ = ["PipelineRuntime", "ProcessLike", "StopLevel", "StopRequest"]
+__all__ = ["PipelineRuntime", "StopLevel", "StopRequest"]
 
 T = TypeVar("T")
 
@@ -65,19 +64,6 @@ class StopRequest:
     cut: int | None = None
 
 
-class ProcessLike(Protocol):
-    """What the runtime needs of a process: both `multiprocess` and `multiprocessing` offer it."""
-
-    name: str
-
-    @property
-    def sentinel(self) -> int: ...
-    def join(self, timeout: float | None = None) -> None: ...
-    def is_alive(self) -> bool: ...
-    def terminate(self) -> None: ...
-    def kill(self) -> None: ...
-
-
 class BurstUnderWay(Protocol):
     """Items being handled as one, and booked when that is over."""
 
@@ -90,20 +76,14 @@ class BurstUnderWay(Protocol):
         ...
 
 
-class PipelineRuntime:
+class PipelineRuntime(Registers):
     """One run of one pipeline: what it has started, and why it stops. Made by the run itself."""
 
     def __init__(self, name: str, grace: Grace) -> None:
-        self.name = name
+        super().__init__(name)
         self.grace = grace
-        self.loop: asyncio.AbstractEventLoop | None = None
         self.cancel_event = asyncio.Event()
         """Set when the run is aborted; a drain leaves it clear, for the handlers are to finish."""
-        self.tasks: set[asyncio.Task[Any]] = set()
-        self.threads: set[threading.Thread] = set()
-        self.starting: set[threading.Thread] = set()
-        """Those that start a process at the moment."""
-        self.processes: set[ProcessLike] = set()
         self.abandoned: list[str] = []
         self.errors: dict[str, list[Err]] = {}
         self.at_end: list[Callable[[], None]] = []
@@ -118,15 +98,6 @@ class PipelineRuntime:
         """True as soon as anything asks to stop: for loops that look at it for every item."""
         self._cancelled = False
         self._floor = StopLevel.NONE
-        self._groups: dict[asyncio.Task[Any], int] = {}
-        self._contexts: dict[asyncio.Task[Any], contextvars.Context] = {}
-        self._sent_off: set[asyncio.Task[Any]] = set()
-        """Cancelled by this run."""
-        self._task_ends: dict[asyncio.Task[Any], Callable[[asyncio.Task[Any]], None]] = {}
-        self._process_ends: dict[ProcessLike, Callable[[], None] | None] = {}
-        self.supervisor: asyncio.Task[Any] | None = None
-        self._host: threading.Thread | None = None
-        self._pulse: asyncio.Future[None] | None = None
         self._aborted = False
         self._applied = 0
         self._thread = 0
@@ -202,96 +173,7 @@ class PipelineRuntime:
         if len(sample) < _ERROR_SAMPLE:
             sample.append(err)
 
-    # --- what it has started
-
-    def start_task(
-        self,
-        coroutine: Coroutine[Any, Any, T],
-        *,
-        name: str,
-        group: int | None = None,
-        supervised: bool = True,
-        on_end: Callable[[asyncio.Task[Any]], None] | None = None,
-    ) -> asyncio.Task[T]:
-        """Start a task of this run. `group` is the index of the stage that it belongs to.
-
-        The failure of a `supervised` task fails the run; that of another is for whoever awaits it. `on_end` is called
-        when the task is done, also when it was cancelled before its first step: cheaper than a callback of its own.
-        """
-        assert self.loop is not None
-        context = contextvars.copy_context()
-        task = self.loop.create_task(coroutine, name=f"{self.name}/{name}", context=context)
-        self._contexts[task] = context
-        if group is not None:
-            self._groups[task] = group
-        if on_end is not None:
-            self._task_ends[task] = on_end
-        self.tasks.add(task)
-        task.add_done_callback(self._supervised_ended if supervised else self._task_ended)
-        return task
-
-    def context(self) -> contextvars.Context:
-        """That of the current task, which this run has started: to do something in its name while it waits."""
-        return self._contexts[cast("asyncio.Task[Any]", asyncio.current_task())]
-
-    def register_task(self, task: asyncio.Task[Any]) -> None:
-        """Own a task: it is cancelled when the run is, and awaited before the run ends."""
-        self.tasks.add(task)
-        task.add_done_callback(self._task_ended)
-
-    def start_thread(
-        self, target: Callable[[], None], *, name: str, host: bool = False, starting: bool = False
-    ) -> threading.Thread:
-        """Start a thread of this run. It must end by itself when asked; it is a daemon, so it never blocks the exit.
-
-        `host` marks the thread that carries the run's own loop, which therefore cannot end before the run; `starting`
-        one that starts a process, ends in moments, and is waited for even when the run is killed.
-        """
-        if host:
-            target = partial(self._host_main, target)
-        context = contextvars.copy_context()
-        thread = threading.Thread(target=context.run, args=(self._thread_main, target), name=f"{self.name}/{name}", daemon=True)
-        self.threads.add(thread)
-        self._host = thread if host else self._host
-        if starting:
-            self.starting.add(thread)
-        try:
-            thread.start()
-        except BaseException:
-            self.threads.discard(thread)
-            self.starting.discard(thread)
-            raise
-        return thread
-
-    def start_process(self, context: Any, target: Callable[..., object], arguments: tuple[Any, ...], *, name: str) -> Any:
-        """Start a process of this run, from one of its threads, for it may take a while; then register it on the loop.
-
-        `context` is one of `multiprocess`, whose types are not declared: hence `Any`. A daemon, so that it never
-        outlives the program.
-        """
-        process = context.Process(target=target, args=arguments, name=f"{self.name}/{name}", daemon=True)
-        process.start()
-        return process
-
-    def register_process(self, process: ProcessLike, *, on_end: Callable[[], None] | None = None) -> None:
-        """Own a started process: it is terminated, then killed, when the run stops, and reaped when it ends."""
-        assert self.loop is not None
-        self.processes.add(process)
-        self._process_ends[process] = on_end
-        self.loop.add_reader(process.sentinel, self._process_ended, process)
-
-    def call_soon_threadsafe(self, callback: Callable[..., object], *args: object) -> bool:
-        """Run a callback on the run's loop; False, and nothing happens, when that loop is already closed."""
-        loop = self.loop
-        if loop is None:
-            return False
-        try:
-            loop.call_soon_threadsafe(callback, *args)
-        except RuntimeError:  # the loop has closed: an abandoned thread reports to nobody
-            if not loop.is_closed():
-                raise
-            return False
-        return True
+    # --- the loop
 
     def catch_up(self) -> None:
         """Book what is under way in this very thread: a handler that asks for a snapshot is in it itself."""
@@ -306,59 +188,15 @@ class PipelineRuntime:
         if watch is not None:
             watch(self)
 
-    # --- internals: the registers
-
-    def _task_ended(self, task: asyncio.Task[Any]) -> None:
-        self.tasks.discard(task)
-        self._groups.pop(task, None)
-        self._contexts.pop(task, None)
-        self._sent_off.discard(task)
-        on_end = self._task_ends.pop(task, None)
-        if on_end is not None:
-            on_end(task)
-        self.pulse()
-
-    def _supervised_ended(self, task: asyncio.Task[Any]) -> None:
-        name = task.get_name()
-        if task.cancelled():
-            if task not in self._sent_off and not self.cancelled:
-                self.request_stop(StopRequest(_cancelled_by_others(name), StopLevel.ABORT))
-        elif (error := task.exception()) is not None and self.ended is None:
-            self.fail(Err.of(error, stage=name), origin=name, code="internal_error", level=StopLevel.ABORT)
-        self._task_ended(task)
-
-    def _thread_main(self, target: Callable[[], None]) -> None:
-        try:
-            target()
-        except BaseException as error:
-            self.fail(
-                Err.of(error), origin=threading.current_thread().name, code="internal_error", level=StopLevel.ABORT
-            )
-        finally:
-            self.call_soon_threadsafe(self._thread_ended, threading.current_thread())
-
-    def _host_main(self, target: Callable[[], None]) -> None:
-        try:
-            target()
-        finally:
-            self.threads.discard(threading.current_thread())
-
-    def _thread_ended(self, thread: threading.Thread) -> None:
-        # The thread is past its last line of ours; what is left of it takes microseconds.
-        thread.join(0.1)
-        self.threads.discard(thread)
-        self.starting.discard(thread)
-        self.pulse()
-
-    def _process_ended(self, process: ProcessLike) -> None:
-        assert self.loop is not None
-        self.loop.remove_reader(process.sentinel)
-        process.join(0.1)
-        self.processes.discard(process)
-        on_end = self._process_ends.pop(process, None)
-        if on_end is not None:
-            on_end()
-        self.pulse()
+    @property
+    def outside(self) -> bool:
+        """Whether threads or processes are at work for this run now: until they are done, time is real."""
+        assembly = self.assembly
+        if assembly is None or self.ended is not None:
+            return False
+        if (self._cancelled or assembly.done) and (self.processes or self._left_threads()):
+            return True  # they have been asked to end
+        return assembly.outside
 
     # --- internals: stopping
 
@@ -402,76 +240,28 @@ class PipelineRuntime:
         if self._aborted:
             return
         self._aborted = True
+        # It may be set already, by a signal handler in the middle of somebody's `wait()`: he is woken only by a set from here.
+        self.cancel_event.clear()
         self.cancel_event.set()
         if self.assembly is not None:
             self.assembly.abort()
         self.cancel_tasks()
 
-    def regroup(self, task: asyncio.Task[Any], group: int) -> None:
-        """A task belongs to another stage from now on."""
-        if task in self._groups:
-            self._groups[task] = group
-
-    def cancel_tasks(self, upto: int | None = None) -> None:
-        """Cancel the stages' tasks: all, or those of the stages with an index up to `upto`."""
-        for task in list(self.tasks):
-            group = self._groups.get(task)
-            if task is not self.supervisor and (upto is None or (group is not None and group <= upto)):
-                self.cancel_task(task)
-
-    def cancel_task(self, task: asyncio.Task[Any]) -> None:
-        """Cancel one task of this run. One that somebody else cancels stops the run."""
-        self._sent_off.add(task)
-        task.cancel()
-
-    # --- internals: waiting
-
-    def pulse(self) -> None:
-        """Wake the supervisor: something has changed."""
-        if self._pulse is not None and not self._pulse.done():
-            self._pulse.set_result(None)
-
-    async def wait_for(self, condition: Callable[[], bool], seconds: float | None) -> bool:
-        """Wait until the condition holds, which is looked at after every change; False when time is up."""
-        assert self.loop is not None
-        deadline = None if seconds is None else self.loop.time() + seconds
-        while not condition():
-            self._pulse = pulse = self.loop.create_future()
-            remaining = None if deadline is None else deadline - self.loop.time()
-            if remaining is not None and remaining <= 0:
-                return False
-            if remaining is None:
-                await pulse  # a cancellation takes the pulse with it; the next look makes a new one
-            else:
-                await asyncio.wait((pulse,), timeout=remaining)
-        return True
-
-    @property
-    def outside(self) -> bool:
-        """Whether threads or processes are at work for this run now: until they are done, time is real."""
-        assembly = self.assembly
-        if assembly is None or self.ended is not None:
-            return False
-        if (self._cancelled or assembly.done) and (self.processes or self._left_threads()):
-            return True  # they have been asked to end
-        return assembly.outside
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing that this run has started is left."""
-        return not (self._left_tasks() or self.processes or self._left_threads())
-
     def abandon(self) -> None:
         """Name what could not be stopped, and let it be: nothing that it does from now on is counted."""
-        self.abandoned += [task.get_name() for task in self._left_tasks()]
-        self.abandoned += [thread.name for thread in self._left_threads()]
-        self.abandoned += [process.name for process in self.processes]
+        self.abandoned += self.left()
 
-    def _left_tasks(self) -> set[asyncio.Task[Any]]:
-        return self.tasks - {self.supervisor} if self.supervisor else self.tasks
+    # --- of what it has started, what went wrong
 
-    def _left_threads(self) -> set[threading.Thread]:
-        return self.threads - {self._host} if self._host else self.threads
+    def task_cancelled(self, name: str) -> None:
+        """One of its tasks was cancelled, and not by the run."""
+        if not self.cancelled:
+            self.request_stop(StopRequest(_cancelled_by_others(name), StopLevel.ABORT))
+
+    def broke(self, name: str, error: BaseException) -> None:
+        """A task or thread has raised what it should have handled: a fault of the library."""
+        if self.ended is None:
+            self.fail(Err.of(error, stage=name), origin=name, code="internal_error", level=StopLevel.ABORT)
 
 
 def _cancelled_by_others(name: str) -> CancelReason:

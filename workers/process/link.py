@@ -21,7 +21,8 @@ from functools import partial
 from typing import Any, cast
 
 from pipeline.observe.logs import get_logger
-from pipeline.runtime import PipelineRuntime, ProcessLike
+from pipeline.registers import ProcessLike
+from pipeline.runtime import PipelineRuntime
 
 from . import faults, voice
 from .arena import Arena
