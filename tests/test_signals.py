@@ -148,7 +148,6 @@ async def test_a_signal_that_came_before_the_disarm_is_not_reported_after_it() -
 @pytest.mark.abandons("complaint")
 @pytest.mark.asyncio
 @pytest.mark.usefixtures("handler")
-@pytest.mark.abandons("complaint")
 async def test_a_listener_that_raises_is_reported_and_keeps_the_signal_from_nobody() -> None:
     def fail(_reason: CancelReason) -> None:
         raise ValueError("boom")
