@@ -150,7 +150,7 @@ class Desk:
 
     def _check_limit(self, *, ended: bool) -> None:
         rule, counters = self.rule, self.counters
-        if rule.max_failures is None or self._runtime.requests:
+        if rule.max_failures is None or self.stopped or self._runtime.cancelled:
             return
         failed, processed = counters.failed, counters.processed - counters.passed
         if rule.too_many(failed, processed, ended=ended):

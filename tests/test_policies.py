@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
+from helpers import Gate, assert_balanced
 from structlog.testing import capture_logs
 
 import stages as operators
@@ -666,3 +667,29 @@ class TestRetry:
             return item
 
         assert await (Pipeline(range(20)) >> flaky).collect() == list(range(20))
+
+
+async def test_too_many_failures_during_a_drain_end_it_and_are_among_the_reasons() -> None:
+    gate = Gate()
+
+    async def fail(n: int) -> int:
+        await gate(n)
+        raise ValueError(n)
+
+    pipeline = Pipeline(range(50)) >> stage(concurrency=4)(nap) >> stage(max_failures=3)(fail)
+    running = asyncio.create_task(pipeline.run())
+    await gate.entered.wait()
+    pipeline.cancel("enough", drain=True)
+    gate.opened.set()
+    result = await running
+    assert isinstance(result, Err)
+    assert [reason.code for reason in result.reasons] == [None, "max_failures"]
+    assert result.report is not None
+    assert result.report.outcome == "cancelled"
+    assert result.report.failed == 4
+    assert_balanced(result.report)
+
+
+async def nap(n: int) -> int:
+    await asyncio.sleep(0)
+    return n
