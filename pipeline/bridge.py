@@ -15,6 +15,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
+from itertools import repeat, starmap
 from time import perf_counter
 from typing import Any, cast
 
@@ -62,6 +63,10 @@ class BridgeSink:
         """What the consumer is taking from, and how many it had received before."""
         self._held = 0
         """Room that the rest of that still takes up."""
+        self._batch: list[Any] = []
+        """What the consumer has taken out last, """
+        self._noted: list[Any] = self._batch
+        """and the same once that is on record."""
 
     # --- the loop's side
 
@@ -174,6 +179,8 @@ class BridgeSink:
             if open_lot is not None:
                 self._write_down(open_lot)
                 self._items.extendleft(reversed(list(open_lot[0].items)))
+            elif self._batch is not self._noted:
+                self._items.extendleft(reversed(self._batch))
 
     def discard(self) -> None:
         """What is buffered for a consumer that has left goes nowhere; it is kept until the stop is on record."""
@@ -238,11 +245,13 @@ class BridgeSink:
                 number = (number + 1) // 2
             if self._tally:
                 number = 1
-            batch = [items.popleft() for _ in range(number)]
+            self._batch = batch = list[Any]()
+            batch.extend(starmap(items.popleft, repeat((), number)))  # one call, which Ctrl-C does not come between
             outputs = iter(batch)
             if self._over:
                 return outputs
             self._lot = (Lot(outputs, cast("Meter", outputs), number), self.counters.received)
+            self._noted = batch
             self._held = number - 1
             if self._tally:
                 self.tallied += length_of(batch[0])

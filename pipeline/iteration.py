@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .assembly import Sink
 from .bridge import BridgeSink
 from .cancellation.reason import CancelReason, CancelType
-from .cancellation.signals import SignalTrigger
 from .errors import PipelineCancelled, PipelineFailed
 from .host import run_in_thread
 from .loops import LoopFactory
@@ -23,9 +22,6 @@ from .result import Err
 from .run import Run
 from .runtime import StopLevel, StopRequest
 from .sink import BufferSink
-
-if TYPE_CHECKING:
-    from .cancellation.triggers import Trigger
 
 __all__ = ["check_buffer", "iterate", "iterate_in_thread", "stopped"]
 
@@ -75,14 +71,14 @@ def iterate_in_thread(
     close_run: CloseRun,
     sink: BridgeSink,
     factory: LoopFactory,
-    triggers: Sequence[Trigger],
 ) -> Generator[Any, None, None]:
     """Run on a loop of its own, in a thread of its own."""
     run = open_run(sink)
     runtime = run.runtime
-    with ExitStack() as held:
+    with ExitStack() as listening:
         try:
-            _hold_signals(triggers, held)
+            if threading.current_thread() is threading.main_thread():
+                run.listen_here(listening)
             host = run_in_thread(run, factory)
         except BaseException as error:
             run.could_not_start(error)
@@ -119,14 +115,6 @@ def stopped(err: Err) -> BaseException:
     if err.report is not None and err.report.outcome == "failed":
         return PipelineFailed(f"the pipeline failed: {err.reason}", report=err.report, reasons=err.reasons)
     return PipelineCancelled(f"the pipeline was cancelled: {err.reason}", report=err.report, reasons=err.reasons)
-
-
-def _hold_signals(triggers: Sequence[Trigger], held: ExitStack) -> None:
-    """Signals come to the main thread only; the loop that asks for them is in another."""
-    if threading.current_thread() is threading.main_thread():
-        for trigger in triggers:
-            if isinstance(trigger, SignalTrigger):
-                held.callback(trigger.hold().disarm)
 
 
 def _iteration_left(level: StopLevel = StopLevel.ABORT) -> StopRequest:

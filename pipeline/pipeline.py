@@ -216,7 +216,7 @@ class Pipeline(Generic[T]):
         """
         factory = loop_factory(uvloop=uvloop)
         return iterate_in_thread(
-            self._open, self._release, BridgeSink(check_buffer(max_buffer), tally=self._tally), factory, self._cancel_on
+            self._open, self._release, BridgeSink(check_buffer(max_buffer), tally=self._tally), factory
         )
 
     def _open(self, sink: Sink) -> Run:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
@@ -49,6 +50,8 @@ class Run:
         self._links = links
         self._triggers = triggers
         self._handles: list[TriggerHandle] = []
+        self._heard: set[int] = set()
+        """Triggers that another thread listens to."""
         self._arrivals: Counter[int] = Counter()
         self._log = log
         self._supervisor: asyncio.Task[None] | None = None
@@ -129,8 +132,26 @@ class Run:
 
     # --- triggers
 
+    def listen_here(self, listening: ExitStack) -> None:
+        """In the main thread, to which signals come, before the run starts in another.
+
+        From now on none is lost: one that comes once the run is closed is for whoever was there before.
+        """
+        for index, trigger in enumerate(self._triggers):
+            if isinstance(trigger, SignalTrigger):
+                listening.callback(trigger.listen(partial(self._signalled, index)).disarm)
+                self._heard.add(index)
+
+    def _signalled(self, index: int, reason: CancelReason) -> bool:
+        if self.runtime.ended is not None:
+            return False
+        self._triggered(index, reason)
+        return True
+
     def _arm(self) -> None:
         for index, trigger in enumerate(self._triggers):
+            if index in self._heard:
+                continue
             fired = trigger.check()
             if fired is not None:
                 self._triggered(index, fired)

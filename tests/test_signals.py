@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import linecache
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import count
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
 import uvloop
-from helpers import LIMIT, Heard, turns, until
+from helpers import LIMIT, Heard, assert_balanced, eventually, turns, until
 
-from pipeline import Pipeline
+from pipeline import Pipeline, PipelineCancelled, assembly, bridge, host, iteration, run, runtime, shutdown
+from pipeline import pipeline as definition
 from pipeline.cancellation import CancelReason, CancelType, SignalTrigger, TriggerHandle, signals
 from stages import stage
 
@@ -262,10 +265,11 @@ async def test_arming_a_signal_outside_the_main_thread_is_an_error_that_says_wha
 
 
 class AtLine:
-    """Does something just before one line of our signal code runs, and knows whether it came to that."""
+    """Does something just before the nth line of some modules runs, and knows whether it came to that."""
 
-    def __init__(self, nth: int, action: Callable[[], object]) -> None:
+    def __init__(self, nth: int, action: Callable[[], object], *modules: ModuleType) -> None:
         self.reached = False
+        self._files = {module.__file__ for module in modules or (signals,)}
         self._left = nth
         self._action = action
 
@@ -278,10 +282,11 @@ class AtLine:
         sys.settrace(self._before)
 
     def _call(self, frame: FrameType, event: str, argument: Any) -> Any:
-        return self._line if frame.f_code.co_filename == signals.__file__ else None
+        return self._line if frame.f_code.co_filename in self._files else None
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line":
+        # Python handles no signal between the body of a `with` and its `__exit__`; a trace function is called there.
+        if event == "line" and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
             self._left -= 1
             if self._left == 0:
                 self.reached = True
@@ -373,6 +378,97 @@ def test_a_thread_that_begins_to_listen_at_any_line_of_a_disarm_hears_or_is_refu
             results[0].disarm()
     assert refused
     assert listened
+
+
+async def pass_on(item: int) -> int:
+    await asyncio.sleep(0)
+    return item
+
+
+RUN = (run, runtime, shutdown, assembly, definition, signals)
+ITERATION = (iteration, bridge, host, definition, run, signals)
+STRIDE = 3
+"""Of the lines of a run every so many are tried."""
+
+
+def told(pipeline: Pipeline[Any]) -> int:
+    """How often the run was told of a signal."""
+    if pipeline.report is None:
+        return 0
+    assert_balanced(pipeline.report)
+    return len(pipeline.report.reasons)
+
+
+@pytest.mark.parametrize("drain", [False, True])
+def test_a_signal_at_any_line_of_a_run_stops_it_or_goes_to_the_program(counted: list[int], drain: bool) -> None:
+    async def main(pipeline: Pipeline[int], nth: int) -> bool:
+        with AtLine(nth, raise_usr1, *RUN) as at_line:
+            await asyncio.wait_for(pipeline.run(), LIMIT)
+        return at_line.reached
+
+    for nth in count(1, STRIDE):
+        counted.clear()
+        pipeline = Pipeline([1, 2], cancel_on=SignalTrigger(USR1, drain=drain)) >> stage(concurrency=2)(pass_on) >> stage(abs)
+        if not asyncio.run(main(pipeline, nth)):
+            break
+        assert told(pipeline) + len(counted) == 1, nth
+        assert signals._SignalHub._hubs == {}
+    assert nth > 300
+
+
+def test_a_signal_at_any_line_of_an_iteration_stops_it_or_goes_to_the_program(counted: list[int]) -> None:
+    for nth in count(1, STRIDE):
+        counted.clear()
+        pipeline = Pipeline([1, 2, 3], cancel_on=SignalTrigger(USR1, drain=True)) >> stage(concurrency=2)(pass_on)
+        with AtLine(nth, raise_usr1, *ITERATION) as at_line, suppress(PipelineCancelled):
+            list(pipeline.iter(max_buffer=1))
+        if not at_line.reached:
+            break
+        assert told(pipeline) + len(counted) == 1, nth
+        assert signals._SignalHub._hubs == {}
+    assert nth > 100
+
+
+def test_ctrl_c_at_any_line_where_outputs_change_hands_leaves_the_ledger_whole() -> None:
+    for nth in count(1):
+        pipeline = Pipeline(list(range(5))) >> stage(concurrency=2)(pass_on)
+        items = pipeline.iter(max_buffer=2)
+        interrupted = False
+        try:
+            next(items)
+            with AtLine(nth, lambda: signal.raise_signal(signal.SIGINT), bridge) as at_line:
+                next(items)
+                next(items)
+                next(items)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            items.close()
+        assert interrupted is at_line.reached
+        assert told(pipeline) == 1
+        if not at_line.reached:
+            break
+    assert nth > 20
+
+
+def test_whoever_waits_for_the_cancel_event_is_woken_at_whatever_line_of_his_wait_the_signal_comes(counted: list[int]) -> None:
+    async def main(nth: int) -> bool:
+        pipeline = Pipeline([1], cancel_on=SignalTrigger(USR1)) >> stage(lambda item: asyncio.Event().wait())
+        stopping = asyncio.create_task(pipeline.run())
+        await eventually(lambda: pipeline.runtime.tasks)
+        with AtLine(nth, raise_usr1, asyncio.locks) as at_line:
+            waiting = asyncio.create_task(pipeline.runtime.cancel_event.wait())
+            await asyncio.sleep(0)
+        if not at_line.reached:
+            pipeline.cancel()
+        await asyncio.wait_for(waiting, LIMIT)
+        await stopping
+        return at_line.reached
+
+    for nth in count(1):
+        if not asyncio.run(main(nth)):
+            break
+    assert nth > 3
 
 
 # --- loops that sleep, and that end

@@ -25,7 +25,7 @@ class SignalTrigger(Trigger):
     """Calls back at EVERY arrival of one of the signals, so that a listener can escalate: first, second, third.
 
     Python delivers signals in the main thread. In another one it can be armed while the main thread holds it: see
-    `hold()`, which `pipeline.iter()` does for its own triggers. Raises RuntimeError elsewhere. While it is armed it takes
+    `hold()`; `pipeline.iter()` sees to its own triggers. Raises RuntimeError elsewhere. While it is armed it takes
     the place of the handlers set by `signal.signal`, Ctrl-C's KeyboardInterrupt included; the last `disarm` puts them
     back. A handler that the program gave to `loop.add_signal_handler` keeps being called beside it.
 
@@ -53,10 +53,11 @@ class SignalTrigger(Trigger):
         handle = self.listen(handing_over)
         return TriggerHandle(partial(handing_over.stop, handle))
 
-    def listen(self, callback: Callable[[CancelReason], None]) -> TriggerHandle:
+    def listen(self, callback: Callable[[CancelReason], object]) -> TriggerHandle:
         """As `arm`, but `callback` is called inside the signal handler: at once, even if the loop is blocked.
 
         It must be safe there, as appending to a list and `Pipeline.cancel` are. What it raises, the main thread raises.
+        When it returns False it is called no more, and a signal that nobody wants goes to who was there before.
         """
         listener = partial(self._arrived, callback, count(1))
         with ExitStack() as listening:  # when the second signal cannot be had, the first is given back
@@ -69,10 +70,10 @@ class SignalTrigger(Trigger):
         """Take the signals now, in the main thread, so that the trigger can be armed in others until this is disarmed."""
         return self.listen(_ignore)
 
-    def _arrived(self, callback: Callable[[CancelReason], None], arrivals: Iterator[int], signum: int) -> None:
+    def _arrived(self, callback: Callable[[CancelReason], object], arrivals: Iterator[int], signum: int) -> object:
         nth = next(arrivals)
         message = f"received {signal_name(signum)}" + (f" (signal number {nth} since armed)" if nth > 1 else "")
-        callback(CancelReason(message, CancelType.SIGNAL, self.code, origin="SignalTrigger"))
+        return callback(CancelReason(message, CancelType.SIGNAL, self.code, origin="SignalTrigger"))
 
 
 class _HandingOver:
@@ -108,11 +109,11 @@ class _SignalHub:
 
     def __init__(self, signum: int) -> None:
         self._signum = signum
-        self._listeners: dict[object, Callable[[int], None]] = {}
+        self._listeners: dict[object, Callable[[int], object]] = {}
         self._previous: Any = None  # Any: a function, a number or any callable object
 
     @classmethod
-    def add(cls, signum: int, listener: Callable[[int], None]) -> Callable[[], None]:
+    def add(cls, signum: int, listener: Callable[[int], object]) -> Callable[[], None]:
         """Call `listener` at every arrival; the function returned ends that."""
         key = object()
         if threading.current_thread() is threading.main_thread():
@@ -149,16 +150,21 @@ class _SignalHub:
 
     def _arrived(self, signum: int, frame: object) -> None:
         # We may be anywhere in the main thread, in the middle of the loop's own code too, or of ours.
-        if not self._listeners:
+        wanted = False
+        for key, listener in tuple(self._listeners.items()):
+            if key not in self._listeners:  # disarmed by a listener before it
+                continue
+            if listener(signum) is False:
+                self._listeners.pop(key, None)
+            else:
+                wanted = True
+        if not wanted and not self._listeners:
             self._restore()
             signal.raise_signal(signum)  # it was for whoever was here before us
-            return
-        for key, listener in tuple(self._listeners.items()):
-            if key in self._listeners:  # else disarmed by a listener before it
-                listener(signum)
 
     def _restore(self) -> None:
-        self._hubs.pop(self._signum, None)
+        if self._hubs.get(self._signum) is self:
+            self._hubs.pop(self._signum, None)
         if self._listeners:  # another thread has found us in the last moment
             self._hubs[self._signum] = self
         elif signal.getsignal(self._signum) == self._arrived:  # else somebody has put a handler over ours, and keeps it
