@@ -1,0 +1,86 @@
+"""`Claim`: one piece of work that needs resources, and `Group`: the pipeline that it belongs to.
+
+The rule kept here: a claim waits, then holds, then is over; it never goes back. Its place in the queue is fixed when it is
+made: higher priority, later stage, earlier pipeline, earlier submission.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Protocol, TypeAlias
+
+from .amounts import Needs
+
+__all__ = ["Claim", "ClaimState", "Group", "Key", "Owner"]
+
+Key: TypeAlias = tuple[int, int, int, int]
+"""Minus priority, minus stage, the pipeline's number, the claim's number. The smallest goes first."""
+
+
+class ClaimState(IntEnum):
+    """`WAITING` in the queue, `HELD`: its resources are its own, `OVER`: given back, or withdrawn while it waited."""
+
+    WAITING = 0
+    HELD = 1
+    OVER = 2
+
+
+class Owner(Protocol):
+    """Whoever a claim was made for."""
+
+    kind: str
+    """"task", "reservation" or "item"."""
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        ...
+
+    @property
+    def at_work(self) -> bool:
+        """Whether the work itself has begun."""
+        ...
+
+    def granted(self) -> None:
+        """Its resources are its own. Called while the scheduler is locked, from any thread; must not wait."""
+        ...
+
+
+class Group:
+    """A pipeline, a run or a single caller: what fairness is kept between, and what has one number in the order."""
+
+    __slots__ = ("heap", "name", "number", "priority", "since", "waiting")
+
+    def __init__(self, number: int, name: str, priority: int = 0) -> None:
+        self.number = number
+        self.name = name
+        self.priority = priority
+        self.waiting = 0
+        self.since = 0
+        """Admissions of the whole scheduler when one of this group was last admitted, or when it began to wait."""
+        self.heap: list[tuple[Key, Claim]] = []
+
+
+class Claim:
+    """What one piece of work needs, and how far it has come."""
+
+    __slots__ = ("at", "group", "key", "needs", "owner", "state", "threaded")
+
+    def __init__(self, owner: Owner, group: Group, needs: Needs, key: Key, *, threaded: bool, at: float) -> None:
+        self.owner = owner
+        self.group = group
+        self.needs = needs
+        self.key = key
+        self.threaded = threaded
+        """It also needs one of the scheduler's own threads."""
+        self.state = ClaimState.WAITING
+        self.at = at
+        """When it came into this state, by `time.monotonic()`."""
+
+    @property
+    def stage(self) -> int:
+        return -self.key[1]
+
+    @property
+    def priority(self) -> int:
+        return -self.key[0]

@@ -1,0 +1,301 @@
+"""`Scheduler`: pipelines in the order of their submission, and their tasks when there is enough for them.
+
+The rule kept here: whatever happens to a piece of work, what it held is free again in the same step in which it is over,
+and whoever can start then is started in that step, too. There is no dispatcher: everybody who changes something admits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import count
+from time import monotonic
+from typing import Any
+
+from .alarms import Alarms
+from .amounts import as_capacity, as_needs, check_needs
+from .claim import Claim, ClaimState, Group, Owner
+from .crew import Crew
+from .engine import Engine
+from .handles import PipelineHandle, State, TaskHandle
+from .reserve import Reservation
+from .share import Share
+from .snapshot import SchedulerSnapshot, read_snapshot
+from .staged import StagedPipeline, TaskBuilder
+from .turn import Turn
+from .waiting import ALL_COMPLETED, wait_for
+
+__all__ = ["Scheduler"]
+
+
+class Scheduler:
+    """Admits work by the resources that it says it needs. They are names and numbers, nothing that is measured.
+
+    `resources`: how much there is, such as `{"cpu": 8, "mem_gb": 31.5}`. `pipeline_parallelism`: staged pipelines that may
+    run at once. `task_parallelism`: tasks that may be admitted at once, each in a thread; 1 if it is None.
+    `fairness`: how often a pipeline whose work waits may be passed over by others, in admissions; None is no bound:
+    what is further along always goes first.
+
+    Threads start when they are needed. Leaving the `with` block closes it. `reserve` and `Pipeline(scheduler=...)`
+    use the same resources from event loops, any number of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        resources: Mapping[str, Any] | None = None,
+        pipeline_parallelism: int = 1,
+        task_parallelism: int | None = None,
+        fairness: int | None = None,
+        name: str = "scheduler",
+    ) -> None:
+        self.name = name
+        self.pipeline_parallelism = _positive(pipeline_parallelism, "pipeline_parallelism")
+        self.task_parallelism = _positive(1 if task_parallelism is None else task_parallelism, "task_parallelism")
+        fair = None if fairness is None else _positive(fairness, "fairness")
+        self.turn = Turn(self._drop)
+        self.engine = Engine(as_capacity(resources), self.task_parallelism, fair)
+        self.workers = Crew(f"{name}-worker", self.task_parallelism, self.turn)
+        self.alarms = Alarms(f"{name}-alarms")
+        self.totals: Counter[str] = Counter()
+        """How many "succeeded tasks", "cancelled pipelines" and so on there have been."""
+        self._coordinators = Crew(f"{name}-coordinator", self.pipeline_parallelism, self.turn)
+        self._numbers = count(1)
+        self._queued: dict[PipelineHandle, None] = {}
+        self._running: dict[PipelineHandle, None] = {}
+        self._live = 0
+        """Pipelines and tasks that are not over."""
+        self._shut = False
+        self._closing = False
+        self._all_over = threading.Event()
+        self._closed = False
+
+    # --- pipelines
+
+    def run_pipeline(self, pipeline: StagedPipeline, *, name: str | None = None, priority: int = 0) -> PipelineHandle:
+        """Submit a pipeline. It starts when those before it have, and one of the coordinators is free.
+
+        `name` is for snapshots. `priority` is that of its tasks: higher goes first. Raises `TypeError` for anything but a
+        `StagedPipeline`, and `RuntimeError` after a shutdown or for an instance that was submitted before.
+        """
+        if not isinstance(pipeline, StagedPipeline):
+            raise TypeError(f"only an instance of a StagedPipeline can be run, not {pipeline!r}")
+        with self.turn:
+            self._refuse_shut()
+            self._coordinators.hire()
+            number = next(self._numbers)
+            group = Group(number, name or f"{type(pipeline).__name__}-{number}", priority)
+            handle = PipelineHandle(self, self.turn, pipeline, group, monotonic())
+            if vars(pipeline).setdefault("_submission", handle) is not handle:  # atomic: another scheduler may have it
+                raise RuntimeError(f"this {type(pipeline).__name__} was submitted before; make a new one for every run")
+            self._live += 1
+            self._queued[handle] = None
+            self._coordinators.put(handle)
+        return handle
+
+    def wait_pipelines(
+        self, handles: Iterable[PipelineHandle], timeout: float | None = None, return_when: str = ALL_COMPLETED
+    ) -> tuple[set[PipelineHandle], set[PipelineHandle]]:
+        """Wait for pipelines of this scheduler; returns those that are done, and the others.
+
+        When `timeout` seconds are over it returns what there is. What pipelines have raised is not raised here.
+        """
+        return wait_for(handles, PipelineHandle, self._owns, "scheduler", timeout, return_when)
+
+    def _owns(self, handle: PipelineHandle) -> bool:
+        return handle.scheduler is self
+
+    # --- work in event loops
+
+    def reserve(
+        self,
+        resources: Mapping[str, Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        priority: int = 0,
+        stage: int = 0,
+        timeout: float | None = None,
+        **amounts: Any,
+    ) -> Reservation:
+        """`async with scheduler.reserve(cpu=2):` waits until that is free, and holds it for the block.
+
+        In the queue it is one with tasks and items of pipelines: `priority`, then `stage`, then who came first. `timeout`:
+        seconds of waiting, then `TimeoutError`. Resources whose names are none go into a mapping. Every `async with`
+        needs a reservation of its own.
+        """
+        needs = as_needs({**(resources or {}), **amounts})
+        title = name or "a reservation"
+        return Reservation(self, check_needs(needs, self.engine.capacity, title), title, priority, stage, timeout)
+
+    def share(self, name: str) -> Share:
+        """One run's part in this scheduler: its items have the run's place in the order of pipelines."""
+        with self.turn:
+            self._refuse_shut()
+            return Share(self, self.new_group(name))
+
+    # --- what those who need something do
+
+    def new_group(self, name: str, priority: int = 0) -> Group:
+        return Group(next(self._numbers), name, priority)
+
+    def claim(self, owner: Owner, group: Group, needs: Any, priority: int, stage: int) -> Claim:
+        """Ask for resources. While the scheduler is locked. The owner is told when they are its own, perhaps at once."""
+        key = (-priority, -stage, group.number, next(self._numbers))
+        claim = Claim(owner, group, needs, key, threaded=owner.kind == "task", at=monotonic())
+        if self.engine.submit(claim):
+            owner.granted()
+        else:
+            self._admit()
+        return claim
+
+    def give_back(self, claim: Claim) -> None:
+        """A claim is over, whether it was granted or not. Any thread, any moment; never waits; once is enough."""
+        self.turn.leave(claim)
+
+    def why(self, claim: Claim) -> str:
+        """Why a claim waits. While the scheduler is locked."""
+        return self.engine.why(claim)
+
+    def refuse_closed(self) -> None:
+        if self._shut:
+            self._refuse_shut()
+
+    def _drop(self, claim: Claim) -> None:
+        if self.engine.drop(claim):
+            self._admit()
+
+    def _admit(self) -> None:
+        for claim in self.engine.admit():
+            claim.at = monotonic()
+            claim.owner.granted()
+
+    def submit_task(self, submission: PipelineHandle, task: TaskBuilder) -> TaskHandle:
+        """For `TaskBuilder.run`, which knows that the pipeline is running."""
+        title = f"the task {task.name!r}" if task.name else "the task"
+        needs = check_needs(as_needs(task.resources), self.engine.capacity, title)
+        handle = TaskHandle(submission, self.turn, task.fn, task.args, task.kwargs, task.name, task.timeout)
+        group = submission.group
+        with self.turn:
+            self.workers.hire()
+            self._live += 1
+            self.totals["submitted tasks"] += 1
+            key = (-group.priority - task.priority, -submission.stage, group.number, next(self._numbers))
+            claim = handle.claim = Claim(handle, group, needs, key, threaded=True, at=monotonic())
+            if self.engine.submit(claim):
+                handle.granted()
+            else:
+                self._admit()
+                if task.start_within is not None and claim.state is ClaimState.WAITING:
+                    handle.arm(self.alarms.set(task.start_within, handle.expiry(task.start_within)))
+        return handle
+
+    def task_ended(self, task: TaskHandle, state: State) -> None:
+        self.totals[_TASKS[state]] += 1
+        self._drop(task.claim)
+        self._one_less()
+
+    def pipeline_began(self, handle: PipelineHandle) -> None:
+        del self._queued[handle]
+        self._running[handle] = None
+
+    def pipeline_ended(self, handle: PipelineHandle, state: State) -> None:
+        self.totals[_PIPELINES[state]] += 1
+        self._queued.pop(handle, None)
+        self._running.pop(handle, None)
+        self._one_less()
+
+    def _one_less(self) -> None:
+        self._live -= 1
+        if self._closing and not self._live:
+            self._dismiss()
+
+    # --- the end
+
+    def shutdown(self, cancel_pending_pipelines: bool = False) -> None:
+        """Take no more pipelines; with `cancel_pending_pipelines`, cancel those that have not started. Does not wait.
+
+        What runs goes on, and may submit tasks. May be called again, to cancel what the first call has left.
+        """
+        with self.turn:
+            self._shut = True
+            queued = list(self._queued) if cancel_pending_pipelines else []
+            kept = [handle.pipeline for handle in queued]
+            for handle in queued:
+                handle.call_off()
+        del kept  # what goes with them may do anything, so not while the scheduler is locked
+
+    def close(self, cancel_pending_pipelines: bool = False) -> None:
+        """Shut down, wait until every pipeline and task has ended, and end the threads. May be called again.
+
+        Reservations and items of streaming pipelines are their holders' own; nobody waits for them here. Raises
+        `RuntimeError` in a pipeline or a task of this scheduler, which would wait for itself.
+        """
+        if threading.current_thread() in self._threads():
+            raise RuntimeError("close() waits for every pipeline and task, so it cannot be called from one; use shutdown()")
+        self.shutdown(cancel_pending_pipelines)
+        with self.turn:
+            self._closing = True
+            if not self._live:
+                self._dismiss()
+        self._all_over.wait()  # as long as the work takes; whoever cannot wait calls shutdown()
+        for thread in self._threads():
+            thread.join()
+        self._closed = True
+
+    def shutdown_started(self) -> bool:
+        """Whether no more pipelines are taken."""
+        return self._shut
+
+    def closed(self) -> bool:
+        """Whether everything has ended, threads included."""
+        return self._closed
+
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _dismiss(self) -> None:
+        self._coordinators.dismiss()
+        self.workers.dismiss()
+        self.alarms.close()
+        self._all_over.set()
+
+    def _threads(self) -> list[threading.Thread]:
+        alarms = [self.alarms.thread] if self.alarms.thread is not None else []
+        return [*self._coordinators.threads, *self.workers.threads, *alarms]
+
+    def _refuse_shut(self) -> None:
+        if self._shut:
+            raise RuntimeError(f"the scheduler {self.name!r} is shutting down and takes nothing new")
+
+    # --- watching
+
+    def snapshot(self, most: int = 1000) -> SchedulerSnapshot:
+        """What runs, what is about to, and what waits for what: at one moment, from any thread.
+
+        At most `most` of those that wait are described, the next ones first; all are counted. The lock is held while what
+        waits is copied, about 20 ns each.
+        """
+        return read_snapshot(self, most)
+
+    @property
+    def pipelines(self) -> tuple[PipelineHandle, ...]:
+        """Those that run, then those that wait. While the scheduler is locked."""
+        return (*self._running, *self._queued)
+
+    def __repr__(self) -> str:
+        return f"<Scheduler {self.name!r}: {dict(self.engine.capacity)}>"
+
+
+_TASKS = {State.SUCCEEDED: "succeeded tasks", State.FAILED: "failed tasks", State.CANCELLED: "cancelled tasks"}
+_PIPELINES = {State.SUCCEEDED: "succeeded pipelines", State.FAILED: "failed pipelines", State.CANCELLED: "cancelled pipelines"}
+
+
+def _positive(value: Any, option: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{option} is a whole number, 1 or more, not {value!r}")
+    return value

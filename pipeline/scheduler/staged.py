@@ -1,0 +1,112 @@
+"""`StagedPipeline`: what a pipeline does, written as one method that submits tasks and waits for them.
+
+The rule kept here: a pipeline is controlled from one thread, the one that executes its `run()`, and only while it does. An
+instance is submitted once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from threading import get_ident
+from typing import Any
+
+from .handles import PipelineHandle, TaskHandle
+from .waiting import ALL_COMPLETED, wait_for
+
+__all__ = ["StagedPipeline", "TaskBuilder"]
+
+
+class StagedPipeline:
+    """Subclass it, and write `run()`. `Scheduler.run_pipeline` executes it in a thread of its own."""
+
+    _submission: PipelineHandle | None = None
+
+    def run(self) -> Any:
+        """What the pipeline does; what it returns or raises is what its handle has in the end."""
+        raise NotImplementedError(f"{type(self).__name__} has no run(): write one, it is what the pipeline does")
+
+    def task(
+        self,
+        fn: Callable[..., Any],
+        *,
+        resources: Mapping[str, Any] | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        start_within: float | None = None,
+    ) -> TaskBuilder:
+        """Describe a call of `fn(*args, **kwargs)` that needs `resources`; `.run()` of what this returns submits it.
+
+        `name` is for snapshots. A task with a higher `priority` goes before every task with a lower one, whatever their
+        stages. `timeout`: seconds that it may run, then it is asked to end (`terminate_requested`). `start_within`:
+        seconds in which it must have started; else it fails with `TimeoutError`.
+        """
+        for option, seconds in (("timeout", timeout), ("start_within", start_within)):
+            if seconds is not None and not (seconds >= 0 and isfinite(seconds)):
+                raise ValueError(f"{option} is a number of seconds, 0 or more, not {seconds!r}")
+        return TaskBuilder(
+            pipeline=self,
+            fn=fn,
+            resources=dict(resources or {}),
+            args=tuple(args),
+            kwargs=dict(kwargs or {}),
+            name=name,
+            priority=priority,
+            timeout=timeout,
+            start_within=start_within,
+        )
+
+    def stage_forward(self) -> None:
+        """Tasks that are submitted from now on belong to the next stage, and go before those of this one."""
+        self._control().stage += 1
+
+    def wait(
+        self, handles: Iterable[TaskHandle], timeout: float | None = None, return_when: str = ALL_COMPLETED
+    ) -> tuple[set[TaskHandle], set[TaskHandle]]:
+        """Wait for tasks of this pipeline; returns those that are done, and the others.
+
+        When `timeout` seconds are over it returns what there is. What tasks have raised is not raised here.
+        """
+        submission = self._control()
+        return wait_for(handles, TaskHandle, submission.owns, "pipeline", timeout, return_when)
+
+    def _control(self) -> PipelineHandle:
+        submission = self._submission
+        if submission is None or submission.thread is None:
+            raise RuntimeError(
+                f"{type(self).__name__} is not running; a pipeline is controlled from its run(), which a scheduler calls"
+            )
+        if submission.thread != get_ident():
+            raise RuntimeError(
+                f"{type(self).__name__} is controlled only from the thread that executes its run(), not from a task or "
+                "another thread"
+            )
+        return submission
+
+
+@dataclass(frozen=True, slots=True)
+class TaskBuilder:
+    """A task that has been described. Each `run()` submits it once."""
+
+    pipeline: StagedPipeline
+    fn: Callable[..., Any]
+    resources: Mapping[str, Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    name: str | None
+    priority: int
+    timeout: float | None
+    start_within: float | None
+
+    def run(self) -> TaskHandle:
+        """Submit it, for the stage that the pipeline has reached. It starts when its turn has come.
+
+        Raises `RuntimeError` outside of the pipeline's `run()`, `ValueError` for amounts that are none,
+        `UnknownResourceError`, and `UnschedulableTaskError` for more than the scheduler has.
+        """
+        submission = self.pipeline._control()
+        return submission.scheduler.submit_task(submission, self)
