@@ -36,6 +36,8 @@ _ABANDONED = 10.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background: every program below would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line(
         "markers",
         'abandons(*kinds): the test leaves a "thread" or "task" behind on purpose, and ends it itself; or a "complaint" of a loop',

@@ -233,7 +233,7 @@ async def test_other_tasks_run_while_parcels_full_of_failures_are_settled() -> N
     while not run.done():
         await asyncio.sleep(0)
         seen.add(pipeline.snapshot().stages[0].failed)
-    assert len(seen) > 10  # they were settled in many turns of the loop
+    assert len(seen) > 4  # they were settled in several turns of the loop
 
 
 # --- stopping in the middle
