@@ -182,7 +182,8 @@ class Pipeline(Generic[T]):
         """Run to the end and return all outputs in a list, which takes the memory that they need; errors as in `run`."""
         sink = CollectingSink(tally=self._tally)
         result = await self._finish(sink)
-        return result if isinstance(result, Err) else sink.items
+        items = sink.give()
+        return result if isinstance(result, Err) else items
 
     async def _finish(self, sink: Sink) -> RunReport | Err:
         run = self._prepare(sink)

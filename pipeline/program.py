@@ -148,8 +148,13 @@ class _Program:
         return 128 + self._numbers[self._received[0].code]
 
     def _account(self, result: RunReport | Err) -> None:
-        report = result.report if isinstance(result, Err) else result
-        _say(report.explain() if report is not None else f"did not start: {result.reason or result.value if isinstance(result, Err) else result}", patience=_PATIENCE)
+        if isinstance(result, Err) and result.report is None:
+            text = f"did not start: {result.reason or result.value}"
+        else:
+            report = result.report if isinstance(result, Err) else result
+            assert report is not None
+            text = report.explain()
+        _say(text, patience=_PATIENCE)
 
     def _last_call(self, stuck: str) -> None:
         if len(self._received) > 2:

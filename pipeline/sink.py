@@ -121,6 +121,11 @@ class CollectingSink(DiscardingSink):
         super().put_many(items)
         self.items += items
 
+    def give(self) -> list[Any]:
+        """The list itself; the run, whose account stays with the pipeline, keeps nothing of it."""
+        items, self.items = self.items, []
+        return items
+
 
 class BufferSink:
     """A bounded buffer that an iteration on the same loop takes from, many outputs at a time."""

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import signal
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from helpers import LIMIT, Gate, Program, Tracked, assert_balanced, eventually, settled, until
 
-from pipeline import ErrorPolicy, Grace, Pipeline, PipelineCancelled, PipelineError, PipelineFailed, PipelineState
+from pipeline import Err, ErrorPolicy, Grace, Pipeline, PipelineCancelled, PipelineError, PipelineFailed, PipelineState
 from stages import SKIP, stage
 
 
@@ -582,3 +583,27 @@ def test_a_program_that_ends_in_the_middle_of_an_iteration_exits_quietly(tmp_pat
     with Program(tmp_path, program_text) as program:
         finished = program.finish(10)
     assert (finished.code, finished.out, finished.err) == (0, "0\n", "")
+
+
+class Mark:
+    """Something that can be watched going away."""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_collected_outputs_belong_to_the_caller_alone(fails: bool) -> None:
+    async def last_fails(n: int) -> Mark:
+        if fails and n == 9:
+            raise ValueError(n)
+        mark = Mark()
+        marks.append(weakref.ref(mark))
+        return mark
+
+    marks: list[weakref.ref[Mark]] = []
+    pipeline = Pipeline(range(10)) >> stage(on_error=ErrorPolicy.RAISE)(last_fails)
+    outputs = await pipeline.collect()
+    assert isinstance(outputs, Err) if fails else len(outputs) == 10
+    del outputs
+    gc.collect()
+    kept = [mark() for mark in marks if mark() is not None]
+    assert len(kept) <= fails  # a frame in the traceback of an error may have the output before it
+    assert pipeline.report is not None

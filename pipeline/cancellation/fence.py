@@ -56,7 +56,8 @@ class Fence:
         self._delivered = False
         self._caught = False
         self.stopped = Stopped()
-        self._ending: Ending | None = None
+        self.ending = Ending()
+        """For `EndTrigger`: the end is when the block is left."""
 
     @property
     def reasons(self) -> tuple[CancelReason, ...]:
@@ -83,15 +84,6 @@ class Fence:
         """
         self._reasons.append(_as_reason(reason, code))
         self._interrupt_soon()
-
-    @property
-    def ending(self) -> Ending:
-        """For `EndTrigger`: the end is when the block is left."""
-        if self._ending is None:
-            self._ending = Ending()
-            if self._sealed is not None:
-                self._tell_end(self._ending)
-        return self._ending
 
     def explain(self) -> str:
         """The reasons as an indented tree: what fired first, what followed, and what inside the block that stopped."""
@@ -186,12 +178,8 @@ class Fence:
         self._sealed = tuple(self._reasons)
         if self._pending is not None:
             self._pending.cancel()
-        if self._ending is not None:
-            self._tell_end(self._ending)
-
-    def _tell_end(self, ending: Ending) -> None:
         message = f"a fence in task {self._task_name!r} was left"
-        ending.tell(CancelReason(message, CancelType.FENCE, origin="Fence", causes=self.reasons))
+        self.ending.tell(CancelReason(message, CancelType.FENCE, origin="Fence", causes=self._sealed))
 
     def _rebalance(self) -> bool:
         """Take our request out of the counter; true if there was one and no other has come in since we were entered."""

@@ -111,6 +111,8 @@ class _SignalHub:
         self._signum = signum
         self._listeners: dict[object, Callable[[int], object]] = {}
         self._previous: Any = None  # Any: a function, a number or any callable object
+        self._waiting: list[int] = []  # arrivals that nobody has been told of; to append and to pop is atomic
+        self._telling = False
 
     @classmethod
     def add(cls, signum: int, listener: Callable[[int], object]) -> Callable[[], None]:
@@ -149,7 +151,18 @@ class _SignalHub:
         signal.signal(self._signum, self._arrived)
 
     def _arrived(self, signum: int, frame: object) -> None:
-        # We may be anywhere in the main thread, in the middle of the loop's own code too, or of ours.
+        # We may be anywhere in the main thread, in the middle of the loop's own code too, or of ours. In the middle of this
+        # very method the outer call goes on with it, so that the first arrival is told before the second.
+        self._waiting.append(signum)
+        while self._waiting and not self._telling:
+            self._telling = True
+            try:
+                self._waiting.pop()
+                self._tell(signum)
+            finally:
+                self._telling = False
+
+    def _tell(self, signum: int) -> None:
         wanted = False
         for key, listener in tuple(self._listeners.items()):
             if key not in self._listeners:  # disarmed by a listener before it
