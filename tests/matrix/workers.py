@@ -80,8 +80,24 @@ class Victim:
         return n
 
 
+class SlowToRead:
+    """An item that a worker never finishes reading."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+
+    def __reduce__(self) -> Any:
+        return (_read_for_ever, (self.journal,))
+
+
+def _read_for_ever(journal: Journal) -> None:
+    write_pid("reading", journal)
+    while True:
+        pass
+
+
 async def one_killed(row: Row, journal: Journal, at: str) -> None:
-    """A worker is killed at item 0; the other 200 items must come through."""
+    """A worker is killed at the first item; the other 200 items must come through."""
     began, spans = [0.0], list[float]()
 
     def side(err: Err) -> None:
@@ -89,7 +105,7 @@ async def one_killed(row: Row, journal: Journal, at: str) -> None:
         spans.append(monotonic() - began[0])
 
     victim = stage(run_in="process", concurrency=2, on_error=ErrorPolicy.SIDE, error_handler=side)(Victim(journal, at=at))
-    pipeline = Pipeline(range(201)) >> victim
+    pipeline = Pipeline([SlowToRead(journal) if at == "reading" else 0, *range(1, 201)]) >> victim
     known = len(journal.lines())
     running = asyncio.create_task(pipeline.collect())
     await eventually(lambda: len(journal.lines()) > known)
@@ -153,13 +169,14 @@ class Reporter:
         return n
 
 
-@fault("F6", "SIGKILL a worker while idle, computing, or writing 50 MB", "noticed < 50 ms; exactly the items in work lost")
+@fault("F6", "SIGKILL a worker while idle, reading, computing, or writing 50 MB", "noticed < 50 ms; exactly the items in work lost")
 async def killed_workers(row: Row) -> None:
     with TemporaryDirectory() as folder:
         journal = Journal(Path(folder, "journal"))
         for _ in range(share(12) // 2):
             await idle_killed(row, journal)
             await one_killed(row, journal, "computing")
+            await one_killed(row, journal, "reading")
         for _ in range(share(12) // 2):
             await one_killed(row, journal, "writing")
     row.within(0.05)
