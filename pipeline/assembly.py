@@ -20,6 +20,7 @@ from .pace import Pacer
 from .policy import ErrorPolicy
 from .protocols import Divisible, Inlet, Node, Outlet, Seat, StageLike, Wires
 from .runtime import PipelineRuntime
+from .scheduler import Scheduler
 from .source import Source
 
 _BARE_CAPACITY = 64
@@ -30,10 +31,11 @@ __all__ = ["Assembly", "Link", "Sink", "seats_for"]
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One stage of a definition, with the default policy of the pipeline that it was declared in."""
+    """One stage of a definition, with what the pipeline that it was declared in has for it: policy and scheduler."""
 
     stage: StageLike[Any, Any]
     default_policy: ErrorPolicy
+    scheduler: Scheduler | None = None
 
 
 class Sink(Outlet, Protocol):
@@ -84,7 +86,7 @@ def seats_for(links: Sequence[Link]) -> tuple[Seat, ...]:
             name = next(f"{name}-{n}" for n in count(2) if f"{name}-{n}" not in taken)
         taken.add(name)
         counters = Counters(name, capacity=link.stage.capacity, concurrency=link.stage.width)
-        seats.append(Seat(link.stage, name, index, counters, link.default_policy))
+        seats.append(Seat(link.stage, name, index, counters, link.default_policy, link.scheduler))
     return tuple(seats)
 
 

@@ -36,6 +36,8 @@ from .report import RunReport
 from .result import Err
 from .run import Run
 from .runtime import PipelineRuntime, StopLevel, StopRequest
+from .scheduler import Scheduler
+from .scheduler.share import check_stage
 from .sink import BufferSink, CollectingSink, DiscardingSink
 from .source import Source, as_source
 
@@ -53,8 +55,10 @@ class Pipeline(Generic[T]):
     `source` is an iterable, an iterator, an async iterable, another pipeline, an aiostream stream, or a function
     without arguments that returns one of these afresh for every run; it may be given later, with `gen()`.
     `on_error` is the policy of stages that have none of their own. `cancel_on` takes triggers, armed while the pipeline
-    runs. `grace` bounds the phases of stopping. `log=True` logs starts and stops. `tally_len=True` adds up the `len()`
-    of delivered items in the report. Raises `TypeError` for a source that cannot be iterated.
+    runs. `grace` bounds the phases of stopping. `scheduler` has the resources that stages need (`resources=`): pipelines
+    with the same one share them, and what is further along goes first; a pipeline inside another one keeps its own.
+    `log=True` logs starts and stops. `tally_len=True` adds up the `len()` of delivered items in the report. Raises
+    `TypeError` for a source that cannot be iterated.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class Pipeline(Generic[T]):
         on_error: ErrorPolicy = ErrorPolicy.DROP,
         cancel_on: Trigger | Sequence[Trigger] = (),
         grace: Grace | None = None,
-        scheduler: None = None,
+        scheduler: Scheduler | None = None,
         log: bool = False,
         tally_len: bool = False,
     ) -> None:
@@ -74,6 +78,7 @@ class Pipeline(Generic[T]):
         _check_options(on_error, cancel_on, grace, scheduler)
         self.name = name or "pipeline"
         self._on_error = on_error
+        self._scheduler = scheduler
         self._cancel_on = tuple(cancel_on)
         self._grace = grace or Grace()
         self._log = log
@@ -137,7 +142,7 @@ class Pipeline(Generic[T]):
                 raise TypeError("a pipeline cannot be its own source")
             self._inner = inner._copy()
             self._source = inner._source
-            self._links = inner._links + self._links
+            self._links = inner._scheduled() + self._links
             self._members = (inner, *self._members)
         else:
             self._source = as_source(source)
@@ -145,10 +150,10 @@ class Pipeline(Generic[T]):
     def _append(self, other: Any) -> None:
         if isinstance(other, Pipeline):
             right = cast("Pipeline[Any]", other)
-            self._links += right._links
+            self._links += right._scheduled()
             self._members += (right,)
         elif is_stage(other):
-            self._links += (Link(cast("StageLike[Any, Any]", other), self._on_error),)
+            self._links += (Link(cast("StageLike[Any, Any]", other), self._on_error, self._scheduler),)
         elif is_stream_operator(other):
             self._links += (Link(stream_stage(other), self._on_error),)
         else:
@@ -157,6 +162,12 @@ class Pipeline(Generic[T]):
                 f"only a stage, a pipeline or an aiostream pipe operator can follow >>, not {what}; "
                 "decorate the function with @stage (from stages import stage)"
             )
+
+    def _scheduled(self) -> tuple[Link, ...]:
+        """The links, those without a scheduler with this pipeline's."""
+        if self._scheduler is None:
+            return self._links
+        return tuple([link if link.scheduler else replace(link, scheduler=self._scheduler) for link in self._links])
 
     def _copy(self) -> Pipeline[T]:
         twin: Pipeline[T] = type(self).__new__(type(self))
@@ -236,8 +247,10 @@ class Pipeline(Generic[T]):
         refusal = self._refusal()
         if refusal is not None:
             return refusal
-        for link in self._links:
+        links = self._scheduled()
+        for link in links:
             link.stage.check(link.default_policy)
+            check_stage(link.stage, link.scheduler)
         assert self._source is not None
         self._runtime = runtime = PipelineRuntime(self.name, self._grace)
         for member in self._all_members():
@@ -247,7 +260,7 @@ class Pipeline(Generic[T]):
             runtime.closed.add_done_callback(pipeline._tell_end)
             for reason in pipeline._cancelled:  # by another thread, since we looked: it may have found no run yet
                 _pass_on(StopRequest(reason, StopLevel.ABORT), runtime)
-        return Run(runtime, self._source, self._links, sink, self._cancel_on, log=self._log)
+        return Run(runtime, self._source, links, sink, self._cancel_on, log=self._log)
 
     def _refusal(self) -> Err | None:
         for pipeline in (self, *self._all_members()):
@@ -387,8 +400,8 @@ def _check_options(on_error: Any, cancel_on: Any, grace: Any, scheduler: Any) ->
         raise StageConfigError(f"on_error must be an ErrorPolicy (DROP, EMIT, RAISE or SIDE), not {on_error!r}")
     if grace is not None and not isinstance(grace, Grace):
         raise StageConfigError(f"grace must be a Grace(drain=..., abort=..., terminate=..., kill=...), not {grace!r}")
-    if scheduler is not None:
-        raise StageConfigError("scheduler= is not available yet; leave it out")
+    if scheduler is not None and not isinstance(scheduler, Scheduler):
+        raise StageConfigError(f"scheduler must be a Scheduler(resources=...), not {scheduler!r}")
     for trigger in cancel_on:
         if isinstance(trigger, type) or not isinstance(trigger, Trigger):
             raise TypeError(f"cancel_on takes triggers, such as TimeoutTrigger(30), not {trigger!r}")

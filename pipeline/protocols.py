@@ -17,6 +17,7 @@ from .metrics import Counters
 if TYPE_CHECKING:
     from .policy import ErrorPolicy
     from .runtime import PipelineRuntime
+    from .scheduler import Scheduler
 
 __all__ = ["Divisible", "Inlet", "Node", "Outlet", "Pullable", "Seat", "StageLike", "StopToken", "Wires", "is_stage"]
 
@@ -83,13 +84,14 @@ class Outlet(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """One stage's place in one run: which stage, its counts, its name there, and the pipeline's default policy."""
+    """One stage's place in one run: which stage, its counts, its name there, and the pipeline's policy and scheduler."""
 
     stage: Any
     name: str
     index: int
     counters: Counters
     default_policy: ErrorPolicy
+    scheduler: Scheduler | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from workers.loop import LoopPerformer
 from .control import SKIP, KillSwitch
 from .desk import LAG, Desk
 from .flow import Step
+from .gate import gate_for
 from .lane import Lane
 from .line import Line
 from .ordered import OrderedWorker
@@ -40,6 +41,7 @@ class CrewNode:
         self._all_gone: asyncio.Future[None] | None = None
         self._line: Line | None = None
         self._crew: list[Lane | OrderedWorker] = []
+        self._gate = gate_for(seat, wires.runtime)
         assert wires.runtime.loop is not None
         self._rounds = Rounds(wires.runtime.loop)
         self._room: asyncio.Event = asyncio.Event()
@@ -143,7 +145,9 @@ class CrewNode:
                 worker.hire = None
 
     def _in_order(self, performer: LoopPerformer, line: Line) -> OrderedWorker:
-        worker = OrderedWorker(performer, self._desk, line, self._wires, self._seat.stage, self._room, self._rounds)
+        worker = OrderedWorker(
+            performer, self._desk, line, self._wires, self._seat.stage, self._room, self._rounds, self._gate
+        )
         worker.hire = self._hirer()
         self._crew.append(worker)
         return worker
@@ -184,7 +188,10 @@ class CrewNode:
                 await pace.rest()
             return await outlet.put(output)
 
-        outcome = await performer.perform(item, send)
+        if self._gate is None:
+            outcome = await performer.perform(item, send)
+        else:
+            outcome = await self._gate.perform(performer, item, send)
         if outcome.held > LAG:
             desk.lagged(outcome.held)
         counters = desk.counters

@@ -16,6 +16,7 @@ from pipeline import Pipeline
 from pipeline.errors import StageConfigError
 from pipeline.policy import ErrorHandler, ErrorPolicy, FailureRule
 from pipeline.protocols import Node, Seat, Wires
+from pipeline.scheduler.amounts import as_needs
 from workers.base import Handler, HandlerKind, WorkerState, describe_function
 from workers.placement import Placement, as_placement
 from workers.retry import Retry, as_retry
@@ -44,7 +45,8 @@ class StageOptions:
     `concurrency`: items in work at once. `run_in`: "loop", "thread", "process", or a configured placement.
     `ordered`: keep the input's order. `buffer`: capacity of the inbound edge, in items. `on_error`, `error_handler`,
     `max_failures`: what becomes of failed items. `retry`: attempts, or a `Retry`. `timeout`: seconds for one attempt.
-    `setup`, `teardown`: run once per worker, with its state.
+    `setup`, `teardown`: run once per worker, with its state. `resources`: what one item needs of the pipeline's
+    scheduler while its handler works on it, retries included, such as `{"gpu": 1, "mem_gb": 4}`.
 
     For `run_in="process"` only: `max_items`: after so many items a worker is replaced by a fresh one. `max_memory`: bytes
     that one worker process may take, `512 * 2**20` for instance; an item that needs more fails with `MemoryError`, and a
@@ -79,8 +81,8 @@ class StageOptions:
                 raise StageConfigError(f"{hook} must be a function that takes the worker's state, not {getattr(self, hook)!r}")
         if self.name is not None and (not isinstance(self.name, str) or not self.name):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise StageConfigError(f"name must be a text that is not empty, not {self.name!r}")
-        if self.resources:
-            raise StageConfigError("resources= needs a scheduler, which is not available yet; leave it out")
+        if self.resources is not None:
+            _check_resources(self.resources)
         FailureRule.check(self.on_error, self.error_handler, self.max_failures)
         as_retry(self.retry)
         self._check_limits(as_placement(self.run_in).kind)
@@ -99,6 +101,14 @@ class StageOptions:
                 raise StageConfigError(f'{option} is for worker processes, which can be replaced; it needs run_in="process", not {kind!r}')
         if self.max_memory is not None and sys.platform != "linux":
             raise StageConfigError("max_memory is kept by the Linux kernel and not available on this system; leave it out, or use max_items")
+
+
+def _check_resources(resources: Any) -> None:
+    """The amounts; whether there is as much, the pipeline's scheduler knows."""
+    try:
+        as_needs(resources)
+    except (TypeError, ValueError) as error:
+        raise StageConfigError(str(error)) from None
 
 
 def _is_count(value: Any, least: int) -> bool:
@@ -128,6 +138,7 @@ class Stage(Generic[In, Out]):
                 timeout=options.timeout,
                 setup=options.setup,
                 teardown=options.teardown,
+                guarded=bool(options.resources),
             )
             for function in functions
         )
@@ -162,6 +173,11 @@ class Stage(Generic[In, Out]):
         return self.options.concurrency
 
     @property
+    def resources(self) -> Mapping[str, Any] | None:
+        """What each item needs of the pipeline's scheduler, if anything."""
+        return self.options.resources
+
+    @property
     def handlers(self) -> tuple[Handler, ...]:
         return self._handlers
 
@@ -179,6 +195,7 @@ class Stage(Generic[In, Out]):
             and handler.kind is not HandlerKind.ASYNC_GENERATOR
             and handler.retry.attempts == 1
             and handler.timeout is None
+            and not handler.guarded
         )
 
     def check(self, default_policy: ErrorPolicy) -> None:
@@ -199,6 +216,10 @@ class Stage(Generic[In, Out]):
             from .crew import CrewNode
 
             return CrewNode(seats[0], wires)
+        if self.options.resources:
+            from .guarded import GuardedPoolNode
+
+            return GuardedPoolNode(seats[0], wires)
         from .pool import PoolNode
 
         return PoolNode(seats[0], wires)

@@ -20,6 +20,7 @@ from workers.loop import LoopPerformer, is_being_cancelled
 from workers.pooled import DONE, PARTIAL_LIMIT, Job
 
 from .desk import LAG, Desk
+from .gate import Gate
 from .line import Line, Place
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ class OrderedWorker:
         stage: StageLike[Any, Any],
         room: asyncio.Event,
         rounds: Rounds,
+        gate: Gate | None,
     ) -> None:
+        self._gate = gate
         self._performer = performer
         self._plain = performer.handler.kind is HandlerKind.PLAIN
         self._desk = desk
@@ -142,7 +145,10 @@ class OrderedWorker:
 
         if self._performer.handler.kind.many:
             job.grant = lambda _: left.set()
-        outcome = await self._performer.perform(job.item, send)
+        if self._gate is None:
+            outcome = await self._performer.perform(job.item, send)
+        else:
+            outcome = await self._gate.perform(self._performer, job.item, send)
         if outcome.held > LAG:
             self._desk.lagged(outcome.held)
         if outcome.error is not None:

@@ -8,6 +8,7 @@ pool and not the memory.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -21,7 +22,7 @@ from .desk import Desk
 from .line import Line
 from .parcels import ParcelLine
 
-__all__ = ["PoolNode"]
+__all__ = ["PoolNode", "Singly"]
 
 _LOT = 4096
 """Items taken from the inlet at once, at most."""
@@ -38,7 +39,7 @@ class PoolNode:
         # One worker keeps the order anyway; as an ordered stage it also keeps the place of errors passing by.
         self._ordered: bool = options.ordered or options.concurrency == 1
         simple = all(handler.simple for handler in seat.stage.handlers)
-        kind = _Plainly if simple else _Singly
+        kind = self._jobs if not simple else _Plainly
         self._line = kind(self._desk, wires.inlet, wires.outlet, ordered=self._ordered, on_settled=self._ring)
         self._bell: asyncio.Future[None] | None = None
         """What the dispatcher waits for while there is no room."""
@@ -62,6 +63,11 @@ class PoolNode:
                 max_memory=options.max_memory,
             )
         )
+
+    @property
+    def _jobs(self) -> Callable[..., Singly]:
+        """What makes jobs of items that need more than one call for one value."""
+        return Singly
 
     async def run(self) -> None:
         self._executor.start()
@@ -168,7 +174,7 @@ class _Plainly(ParcelLine):
         raise AssertionError("there are no jobs here")
 
 
-class _Singly:
+class Singly:
     """Everything else: parcels of jobs, which leave one by one."""
 
     def __init__(self, desk: Desk, inlet: Inlet, outlet: Outlet, **options: Any) -> None:

@@ -103,6 +103,8 @@ class Handler:
     timeout: float | None = None
     setup: Callable[[WorkerState], Any] | None = None
     teardown: Callable[[WorkerState], Any] | None = None
+    guarded: bool = False
+    """Each call waits for resources. Its outputs leave when it has returned: who waits for room must hold nothing."""
 
     @classmethod
     def of(cls, function: Callable[..., Any], **options: Any) -> Handler:
@@ -111,8 +113,13 @@ class Handler:
 
     @property
     def simple(self) -> bool:
-        """One call, one value: no second attempt, no clock, no outputs one by one."""
-        return self.retry.attempts == 1 and self.timeout is None and not self.kind.many
+        """One call, one value: no second attempt, no clock, no outputs one by one, nothing to wait for first."""
+        return self.retry.attempts == 1 and self.timeout is None and not self.kind.many and not self.guarded
+
+    @property
+    def holds_back(self) -> bool:
+        """Outputs are held back until the attempt has succeeded; with retries, so that none is ever sent twice."""
+        return self.retry.attempts > 1 or self.guarded
 
     @property
     def patience(self) -> float:

@@ -27,7 +27,7 @@ class LoopPerformer:
         self.handler = handler
         self.state = state
         self.call = handler.bound(state)
-        self.simple = handler.retry.attempts == 1 and handler.timeout is None and not handler.kind.many
+        self.simple = handler.simple
         """One call, one value: nothing that `perform` would add."""
 
     async def open(self) -> None:
@@ -86,8 +86,7 @@ class LoopPerformer:
         return outcome
 
     async def _send_all(self, item: Any, send: Send, clock: _Clock) -> None:
-        # With retries, outputs are held back until the attempt has succeeded, so that none is ever sent twice.
-        held: list[Any] | None = [] if self.handler.retry.attempts > 1 else None
+        held: list[Any] | None = [] if self.handler.holds_back else None
         async with contextlib.aclosing(self._steps(item, clock)) as outputs:
             async for output in outputs:
                 if held is not None:

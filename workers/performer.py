@@ -167,8 +167,7 @@ class Performer:
             return Outcome(error=error, trace=traceback.format_exc(), timed_out=self._expired and isinstance(error, TimeoutError))
 
     def _send_all(self, outputs: Any) -> None:
-        # With retries, outputs are held back until the attempt has succeeded, so that none is ever sent twice.
-        hold = self._handler.retry.attempts > 1
+        hold = self._handler.holds_back
         held: list[Any] = []
         send: Callable[[Any], None] = held.append if hold else self._control.send
         if self._handler.kind is HandlerKind.GENERATOR:

@@ -60,7 +60,6 @@ class Engine:
         """A new claim. True when it holds at once; otherwise it waits for an `admit`."""
         if not len(self.queue) and self._fits(claim):
             self._take(claim)
-            self.queue.passed_by()
             return True
         self.queue.push(claim)
         return False

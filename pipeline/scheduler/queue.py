@@ -33,6 +33,7 @@ class WaitingQueue:
         self._live = 0
         self._dead = 0
         self._admissions = 0
+        """Of claims that have waited here: while nobody waits, nobody is passed over."""
         self._groups: OrderedDict[Group, None] = OrderedDict()
         """With fairness: those with waiting claims, the one that was served longest ago first."""
 
@@ -82,10 +83,6 @@ class WaitingQueue:
             if claim.group.waiting:
                 claim.group.since = self._admissions
                 self._groups.move_to_end(claim.group)
-
-    def passed_by(self) -> None:
-        """A claim was admitted without having waited here, because nobody did."""
-        self._admissions += 1
 
     def withdrawn(self, claim: Claim) -> None:
         """A claim that waited does not any more, and was not admitted."""

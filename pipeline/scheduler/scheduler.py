@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import count
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .alarms import Alarms
 from .amounts import as_capacity, as_needs, check_needs
@@ -25,6 +25,9 @@ from .snapshot import SchedulerSnapshot, read_snapshot
 from .staged import StagedPipeline, TaskBuilder
 from .turn import Turn
 from .waiting import ALL_COMPLETED, wait_for
+
+if TYPE_CHECKING:
+    from pipeline.runtime import PipelineRuntime
 
 __all__ = ["Scheduler"]
 
@@ -64,6 +67,7 @@ class Scheduler:
         self._numbers = count(1)
         self._queued: dict[PipelineHandle, None] = {}
         self._running: dict[PipelineHandle, None] = {}
+        self._shares: dict[PipelineRuntime, Share] = {}
         self._live = 0
         """Pipelines and tasks that are not over."""
         self._shut = False
@@ -129,11 +133,16 @@ class Scheduler:
         title = name or "a reservation"
         return Reservation(self, check_needs(needs, self.engine.capacity, title), title, priority, stage, timeout)
 
-    def share(self, name: str) -> Share:
-        """One run's part in this scheduler: its items have the run's place in the order of pipelines."""
-        with self.turn:
-            self._refuse_shut()
-            return Share(self, self.new_group(name))
+    def share_of(self, runtime: PipelineRuntime) -> Share:
+        """A streaming run's part in this scheduler."""
+        share = self._shares.get(runtime)
+        if share is None:
+            share = self._shares[runtime] = Share(self, runtime, self.new_group(runtime.name))
+        return share
+
+    def end_share(self, runtime: PipelineRuntime) -> None:
+        """The run is over."""
+        self._shares.pop(runtime, None)
 
     # --- what those who need something do
 

@@ -10,6 +10,7 @@ import os
 import sys
 import types
 import warnings
+from dataclasses import replace
 from typing import Any, cast
 
 import dill
@@ -70,26 +71,14 @@ class _Sendable:
     """
 
     def __init__(self, handler: Handler) -> None:
-        self._handler = Handler(
-            _refer(handler.function),
-            handler.kind,
-            handler.takes_state,
-            handler.retry,
-            handler.timeout,
-            _refer(handler.setup),
-            _refer(handler.teardown),
+        self._handler = replace(
+            handler, function=_refer(handler.function), setup=_refer(handler.setup), teardown=_refer(handler.teardown)
         )
 
     def restore(self) -> Handler:
         handler = self._handler
-        return Handler(
-            _resolve(handler.function),
-            handler.kind,
-            handler.takes_state,
-            handler.retry,
-            handler.timeout,
-            _resolve(handler.setup),
-            _resolve(handler.teardown),
+        return replace(
+            handler, function=_resolve(handler.function), setup=_resolve(handler.setup), teardown=_resolve(handler.teardown)
         )
 
 
