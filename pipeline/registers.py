@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast
@@ -30,7 +31,7 @@ class ProcessLike(Protocol):
     def kill(self) -> None: ...
 
 
-class Registers:
+class Registers(ABC):
     """The registers of one run. Whoever owns them says what it means when something in them goes wrong."""
 
     def __init__(self, name: str) -> None:
@@ -51,13 +52,13 @@ class Registers:
         self._host: threading.Thread | None = None
         self._pulse: asyncio.Future[None] | None = None
 
+    @abstractmethod
     def task_cancelled(self, name: str) -> None:
         """One of its tasks was cancelled, and not by `cancel_task`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def broke(self, name: str, error: BaseException) -> None:
         """A task or thread has raised."""
-        raise NotImplementedError
 
     # --- they start
 

@@ -123,20 +123,26 @@ async def deaf_handler(row: Row) -> None:
     grace = 0.2
     for concurrency in (1, 3):
         _let_go.clear()
-        pipeline = Pipeline(count(), grace=Grace(abort=grace)) >> stage(name="deaf", concurrency=concurrency)(swallow)
-        running = asyncio.create_task(pipeline.run())
-        await eventually(lambda pipeline=pipeline: pipeline.snapshot().stages[0].in_flight)
-        began = monotonic()
-        result = await pipeline.cancel("now")
-        row.closed(began)
-        assert isinstance(result, Err)
-        assert result.report is not None
-        assert any("deaf" in name for name in result.report.abandoned), result.report.abandoned
-        assert_balanced(result.report)
-        await running
+        await cancelled_in_vain(
+            row, Pipeline(count(), grace=Grace(abort=grace)) >> stage(name="deaf", concurrency=concurrency)(swallow)
+        )
         _let_go.set()
         await eventually(lambda: len(asyncio.all_tasks()) == 1)
     row.within(grace + 0.5)
+
+
+async def cancelled_in_vain(row: Row, pipeline: Pipeline[Any]) -> None:
+    """Cancel a pipeline whose stage "deaf" does not end: it is named."""
+    running = asyncio.create_task(pipeline.run())
+    await eventually(lambda: pipeline.snapshot().stages[0].in_flight)
+    began = monotonic()
+    result = await pipeline.cancel("now")
+    row.closed(began)
+    assert isinstance(result, Err)
+    assert result.report is not None
+    assert any("deaf" in name for name in result.report.abandoned), result.report.abandoned
+    assert_balanced(result.report)
+    await running
 
 
 @fault("F10", "cancel from 8 threads, a handler and a signal at once", "one outcome, all reasons kept")

@@ -20,6 +20,7 @@ from pipeline import Err, ErrorPolicy, Grace, Pipeline, RunReport, WorkerLostErr
 from stages import stage
 
 from .row import Row, fault, share
+from .stopping import cancelled_in_vain
 
 let_go = threading.Event()
 
@@ -41,17 +42,7 @@ async def deaf_thread(row: Row) -> None:
     grace = Grace(abort=0.2, terminate=0.1, kill=0.1)
     for handler in (sleep_long, spin):
         let_go.clear()
-        pipeline = Pipeline(count(), grace=grace) >> stage(name="deaf", run_in="thread")(handler)
-        running = asyncio.create_task(pipeline.run())
-        await eventually(lambda pipeline=pipeline: pipeline.snapshot().stages[0].in_flight)
-        began = monotonic()
-        result = await pipeline.cancel("now")
-        row.closed(began)
-        assert isinstance(result, Err)
-        assert result.report is not None
-        assert any("deaf" in name for name in result.report.abandoned), result.report.abandoned
-        assert_balanced(result.report)
-        await running
+        await cancelled_in_vain(row, Pipeline(count(), grace=grace) >> stage(name="deaf", run_in="thread")(handler))
         let_go.set()
     row.within(0.2 + 0.1 + 0.1 + 0.5)
 
