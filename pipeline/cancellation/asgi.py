@@ -29,6 +29,8 @@ Application: TypeAlias = Callable[[MutableMapping[str, Any], Receive, Send], Awa
 
 _KEY = "penstock.client"
 """Where the middleware puts the connection in the scope."""
+_SMALLEST = 256
+"""Bytes of memory for a message, at least."""
 _STOP_PATIENCE = 1.0
 """Seconds for the server's `receive()` to take its cancellation."""
 
@@ -220,4 +222,5 @@ def _connection(client: Any) -> ClientConnection:
 
 
 def _size(message: Message) -> int:
-    return len(message.get("body") or message.get("bytes") or message.get("text") or b"")
+    """Bytes that a message is counted for; one without content takes memory, too."""
+    return max(len(message.get("body") or message.get("bytes") or message.get("text") or b""), _SMALLEST)
