@@ -23,7 +23,7 @@ LIMITS = ("bare", "bare, no IPC")
 
 STDLIB = ("Executor.map", "ThreadPool.imap", "Pool.imap", "Queue workers")
 
-PACKAGES = ("streamable", "streamable async", "aioitertools", "pipestage", "aiostream", "pypeln", "pypeln.sync", "spdl", "pipevine")
+PACKAGES = ("streamable", "streamable async", "aioitertools", "pipestage", "aiostream", "pypeln", "pypeln.sync", "spdl", "pipevine", "stagegate")
 """Libraries, in the order of the table. Two names for one library where it has two ways that differ in speed."""
 
 BEST_PEER = "best peer"

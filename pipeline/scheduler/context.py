@@ -8,22 +8,34 @@ from __future__ import annotations
 
 import threading
 from contextvars import ContextVar
+from typing import Protocol
 
 from .errors import TerminatedError
 
 __all__ = ["TaskContext", "raise_if_terminate_requested", "terminate_requested", "working_on"]
 
 
+class Titled(Protocol):
+    """Something with a name."""
+
+    @property
+    def title(self) -> str: ...
+
+
 class TaskContext:
     """One running task."""
 
-    __slots__ = ("_bell", "_requested", "reason", "title")
+    __slots__ = ("_bell", "_owner", "_requested", "reason")
 
-    def __init__(self, title: str) -> None:
-        self.title = title
+    def __init__(self, owner: Titled | None) -> None:
+        self._owner = owner
         self.reason: str | None = None
         self._requested = False
         self._bell: threading.Event | None = None
+
+    @property
+    def title(self) -> str:
+        return "" if self._owner is None else self._owner.title
 
     @property
     def requested(self) -> bool:

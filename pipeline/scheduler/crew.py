@@ -58,7 +58,7 @@ class Crew:
     def put(self, job: CrewJob) -> None:
         """A job for whoever comes first."""
         self._jobs.append(job)
-        if self._called < len(self._jobs):
+        if not self._called:
             self._call()
 
     def dismiss(self) -> None:
@@ -105,7 +105,7 @@ class Crew:
                     if not job.begin():
                         job = None
                 if job is not None:
-                    if jobs and self._called < len(jobs):
+                    if jobs and not self._called:
                         self._call()
                 elif self._dismissed:
                     return

@@ -218,8 +218,9 @@ class TaskHandle(Handle):
         if self._state is not _READY:
             return False
         self._state = _RUNNING
-        self.context = TaskContext(self.title)
-        self._disarm()
+        self.context = TaskContext(self)
+        if self._alarm is not None:
+            self._disarm()
         if self._timeout is not None:
             self._alarm = self._scheduler.alarms.set(self._timeout, self._timed_out)
         return True
@@ -274,9 +275,11 @@ class TaskHandle(Handle):
         self._args = ()
 
     def _close(self, state: State) -> None:
-        self._let_go()
+        if self._function is not None:
+            self._let_go()
         self.context = None
-        self._disarm()
+        if self._alarm is not None:
+            self._disarm()
         self._finish(state)
         self._scheduler.task_ended(self, state)
 

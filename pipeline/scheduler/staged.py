@@ -45,19 +45,18 @@ class StagedPipeline:
         stages. `timeout`: seconds that it may run, then it is asked to end (`terminate_requested`). `start_within`:
         seconds in which it must have started; else it fails with `TimeoutError`.
         """
-        for option, seconds in (("timeout", timeout), ("start_within", start_within)):
-            if seconds is not None and not (seconds >= 0 and isfinite(seconds)):
-                raise ValueError(f"{option} is a number of seconds, 0 or more, not {seconds!r}")
+        if timeout is not None or start_within is not None:
+            _check_limits(timeout=timeout, start_within=start_within)
         return TaskBuilder(
-            pipeline=self,
-            fn=fn,
-            resources=dict(resources or {}),
-            args=tuple(args),
-            kwargs=dict(kwargs or {}),
-            name=name,
-            priority=priority,
-            timeout=timeout,
-            start_within=start_within,
+            self,
+            fn,
+            dict(resources) if resources else {},
+            tuple(args),
+            dict(kwargs) if kwargs else None,
+            name,
+            priority,
+            timeout,
+            start_within,
         )
 
     def stage_forward(self) -> None:
@@ -88,7 +87,13 @@ class StagedPipeline:
         return submission
 
 
-@dataclass(frozen=True, slots=True)
+def _check_limits(**limits: float | None) -> None:
+    for option, seconds in limits.items():
+        if seconds is not None and not (seconds >= 0 and isfinite(seconds)):
+            raise ValueError(f"{option} is a number of seconds, 0 or more, not {seconds!r}")
+
+
+@dataclass(slots=True)  # not frozen: that would cost as much as all the rest of a submission's first half
 class TaskBuilder:
     """A task that has been described. Each `run()` submits it once."""
 
@@ -96,7 +101,7 @@ class TaskBuilder:
     fn: Callable[..., Any]
     resources: Mapping[str, Any]
     args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    kwargs: Mapping[str, Any] | None
     name: str | None
     priority: int
     timeout: float | None

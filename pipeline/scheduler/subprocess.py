@@ -40,7 +40,7 @@ def run_subprocess(
         raise ValueError(f"terminate_grace_seconds is a number of seconds, 0 or more, or None; not {terminate_grace_seconds!r}")
     if not hasattr(os, "waitid"):
         raise NotImplementedError("run_subprocess needs process groups, which this system does not have")
-    context = working_on.get() or TaskContext(command[0])
+    context = working_on.get() or TaskContext(None)
     given: dict[str, Any] = {"stdin": subprocess.DEVNULL, **options, "start_new_session": True}
     program: subprocess.Popen[Any] = subprocess.Popen(command, **given)
     try:

@@ -1,0 +1,90 @@
+"""Staged pipelines under a scheduler: tasks that do nothing, in waves, with resources.
+
+`waves` is how stagegate's guide says that a pipeline is written: a wave of tasks, a wait, the next stage. `pairs` is the
+example of its README: two tasks, a wait, one that combines them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from ..measure import Tally, Timed
+from ..model import Bar, Workload
+
+__all__ = ["WORKLOADS"]
+
+_STAGES, _WIDTH = 3, 20
+
+
+def _ours() -> tuple[type[Any], type[Any]]:
+    from pipeline.scheduler import Scheduler, StagedPipeline
+
+    return Scheduler, StagedPipeline
+
+
+def _stagegate() -> tuple[type[Any], type[Any]]:
+    import stagegate
+
+    return stagegate.Scheduler, stagegate.Pipeline
+
+
+def _one(value: int = 1) -> int:
+    return value
+
+
+def _sum(*values: int) -> int:
+    return sum(values)
+
+
+def _waves(pipeline: Any) -> int:
+    total = 0
+    for _ in range(_STAGES):
+        handles = [pipeline.task(_one, resources={"cpu": 1, "mem": 2}).run() for _ in range(_WIDTH)]
+        pipeline.wait(handles)
+        total += sum(handle.result() for handle in handles)
+        pipeline.stage_forward()
+    return total
+
+
+def _pairs(pipeline: Any) -> int:
+    first = pipeline.task(_one, resources={"cpu": 1}).run()
+    second = pipeline.task(_one, resources={"cpu": 1}).run()
+    pipeline.wait([first, second])
+    values = first.result(), second.result()
+    pipeline.stage_forward()
+    return pipeline.task(_sum, resources={"cpu": 4, "mem": 16}, args=(*values, 1)).run().result()
+
+
+def _run(library: Any, body: Any, tasks: int, n: int) -> Tally:
+    scheduler_type, pipeline_type = library()
+    kind = type("Measured", (pipeline_type,), {"run": body})
+    with scheduler_type(resources={"cpu": 8, "mem": 32}, pipeline_parallelism=2, task_parallelism=4) as scheduler:
+        handles = [scheduler.run_pipeline(kind()) for _ in range(n // tasks)]
+        total = sum(handle.result() for handle in handles)
+    return Tally(total)
+
+
+def _cells(body: Any, tasks: int) -> dict[str, Timed]:
+    return {
+        name: Timed(run=partial(_run, library, body, tasks), expected=Tally, base=4 * tasks, step=tasks, seconds=0.2)
+        for name, library in {"penstock": _ours, "stagegate": _stagegate}.items()
+    }
+
+
+WORKLOADS = [
+    Workload(
+        name="scheduler-waves",
+        title="staged pipelines: three waves of 20 tasks, cpu and memory, 4 workers",
+        cells=_cells(_waves, _STAGES * _WIDTH),
+        bars=(Bar(against="stagegate", required=5.0),),
+        loop=False,
+    ),
+    Workload(
+        name="scheduler-pairs",
+        title="staged pipelines: two tasks, a wait, one that combines them, 4 workers",
+        cells=_cells(_pairs, 3),
+        bars=(Bar(against="stagegate", required=5.0),),
+        loop=False,
+    ),
+]
