@@ -85,8 +85,8 @@ async def test_messages_go_through_in_order_and_the_last_answers_every_further_q
 
 
 async def test_reading_ahead_stops_when_enough_waits_and_goes_on_when_some_is_taken() -> None:
-    server = Server(*(request(bytes(100), more=True) for _ in range(50)), DISCONNECT)
-    async with server.client(read_ahead=1000) as client:
+    server = Server(*(request(bytes(1000), more=True) for _ in range(50)), DISCONNECT)
+    async with server.client(read_ahead=10_000) as client:
         await turns(200)
         assert server.taken == 11
         assert not client.gone
@@ -97,6 +97,13 @@ async def test_reading_ahead_stops_when_enough_waits_and_goes_on_when_some_is_ta
         while (await client.receive())["type"] == "http.request":
             pass
         assert client.gone
+
+
+async def test_messages_without_content_are_not_read_without_bound() -> None:
+    server = Server(*(request(more=True) for _ in range(500)), DISCONNECT)
+    async with server.client(read_ahead=10_000):
+        await turns(1000)
+        assert server.taken < 100
 
 
 async def test_a_broken_channel_is_told_to_the_application_that_reads() -> None:

@@ -69,6 +69,7 @@ class Play:
         self.stuck: StuckError | None = None
         self.report: RunReport | None = None
         self.outputs: list[Any] | None = None
+        self._collected: list[Any] | None = None
         self.leaks: list[str] = []
         self.seen: list[str] = []
         """Laws that did not hold when the fault came."""
@@ -135,7 +136,9 @@ class Play:
         """The first run that the pipeline has, or is a part of: afterwards a part does not know of it any more."""
         if self._runtime is None and self._pipeline is not None:
             runtime = self._pipeline.runtime
-            self._runtime = runtime if runtime.loop is not None else None
+            if runtime.loop is not None:
+                self._runtime = runtime
+                runtime.closed.add_done_callback(self._keep_outputs)
 
     def _survey(self, step: int, handle: asyncio.Handle) -> None:
         assert self._loop is not None
@@ -173,6 +176,13 @@ class Play:
         assert self._injected_at is not None
         self.stop_took = loop.time() - self._injected_at
 
+    def _keep_outputs(self, _: object) -> None:
+        """Also of a run that was stopped: `collect` keeps to itself what had been delivered by then."""
+        runtime = self._runtime
+        collected = getattr(runtime.assembly and runtime.assembly.sink, "items", None) if runtime is not None else None
+        if isinstance(collected, list):
+            self._collected = cast("list[Any]", collected)
+
     def _handlers(self) -> list[Callable[..., Any]]:
         """Those of the stages in the loop, as far as they have any."""
         assembly = self._runtime.assembly if self._runtime is not None else None
@@ -197,10 +207,8 @@ class Play:
             ended = closed.result() if closed.done() else None
             self.report = ended.report if isinstance(ended, Err) else ended
             self.grace = self._runtime.grace
-            # Also of a run that was stopped: `collect` keeps to itself what had been delivered by then.
-            collected = getattr(getattr(self._runtime.assembly, "sink", None), "items", None)
-            if self.outputs is None and isinstance(collected, list):
-                self.outputs = cast("list[Any]", collected)
+            if self.outputs is None:
+                self.outputs = self._collected
         if self.victim is not None and self.victim.fault is Fault.RAISE:
             self.took_effect = self._calls.raised
 
