@@ -47,7 +47,7 @@ async def forever() -> None:
 # --- what can be watched
 
 
-@pytest.mark.parametrize("thing", [None, 3, asyncio.Event(), Fence, "fence"], ids=repr)
+@pytest.mark.parametrize("thing", [None, 3, asyncio.Event(), Fence, "fence"], ids=["None", "3", "event", "class", "text"])
 def test_only_fences_and_pipelines_have_ends(thing: Any) -> None:
     with pytest.raises(TypeError, match="Fence or a Pipeline"):
         EndTrigger(thing)

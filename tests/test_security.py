@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -63,12 +65,12 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where programs put their temporary files; it is open to everybody."""
-    folder = tmp_path / "files"
-    folder.mkdir(mode=0o755)
-    monkeypatch.setenv("TMPDIR", str(folder))
-    return folder
+def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where programs put their temporary files; it is open to everybody. Not pytest's: a socket's path must be short."""
+    with TemporaryDirectory(prefix="penstock-") as folder:
+        os.chmod(folder, 0o755)
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
 
 
 def told_by(program: Program) -> dict[str, Any]:

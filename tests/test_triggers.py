@@ -81,7 +81,9 @@ def test_any_object_with_check_and_arm_is_a_trigger() -> None:
     assert not isinstance(asyncio.Event, Trigger)
 
 
-@pytest.mark.parametrize("trigger", [TimeoutTrigger(1), EventTrigger(asyncio.Event()), SignalTrigger(USR1)], ids=repr)
+@pytest.mark.parametrize(
+    "trigger", [TimeoutTrigger(1), EventTrigger(asyncio.Event()), SignalTrigger(USR1)], ids=["timeout", "event", "signal"]
+)
 def test_the_triggers_are_triggers_and_cannot_be_armed_without_a_loop(trigger: Trigger) -> None:
     assert isinstance(trigger, Trigger)
     with pytest.raises(RuntimeError, match="no running event loop"):
