@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, cast
 
 from .errors import UnknownResourceError, UnschedulableTaskError
 
-__all__ = ["Amount", "Needs", "as_capacity", "as_needs", "check_needs", "exact", "plain", "words"]
+__all__ = ["Amount", "Needs", "as_capacity", "as_needs", "check_needs", "exact", "plain", "read_needs", "words"]
 
 Amount: TypeAlias = int | Fraction
 Needs: TypeAlias = tuple[tuple[str, Amount], ...]
@@ -86,6 +86,16 @@ def check_needs(needs: Needs, capacity: Mapping[str, Amount], who: str) -> Needs
             )
         nothing = nothing or not amount
     return tuple([need for need in needs if need[1]]) if nothing else needs
+
+
+def read_needs(resources: Mapping[str, Any], capacity: Mapping[str, Amount], task: str | None) -> Needs:
+    """Both at once, for a task: quick where all is as it should be, and careful where it is not."""
+    needs: list[tuple[str, Amount]] = []
+    for label, amount in resources.items():
+        if type(amount) is not int or not 0 < amount <= capacity.get(label, 0):
+            return check_needs(as_needs(resources), capacity, f"the task {task!r}" if task else "the task")
+        needs.append((label, amount))
+    return tuple(needs)
 
 
 def plain(amount: Amount) -> int | float:

@@ -58,7 +58,7 @@ class Group:
         self.waiting = 0
         self.since = 0
         """Admissions of the whole scheduler when one of this group was last admitted, or when it began to wait."""
-        self.heap: list[tuple[Key, Claim]] = []
+        self.heap: list[tuple[int, int, int, int, Claim]] = []
 
 
 class Claim:
@@ -66,7 +66,7 @@ class Claim:
 
     __slots__ = ("at", "group", "key", "needs", "owner", "state", "threaded")
 
-    def __init__(self, owner: Owner, group: Group, needs: Needs, key: Key, *, threaded: bool, at: float) -> None:
+    def __init__(self, owner: Owner, group: Group, needs: Needs, key: Key, threaded: bool, at: float) -> None:
         self.owner = owner
         self.group = group
         self.needs = needs

@@ -57,11 +57,23 @@ class Engine:
         """In the order of admission."""
 
     def submit(self, claim: Claim) -> bool:
-        """A new claim. True when it holds at once; otherwise it waits for an `admit`."""
-        if not len(self.queue) and self._fits(claim):
+        """A new claim. True when it holds at once; otherwise it waits for an `admit`.
+
+        It lets nobody else begin, for the head waits for something that it does not bring; but with fairness it may make
+        another one the head, and an `admit` is needed after every one that holds.
+        """
+        queue = self.queue
+        if not queue.live:
+            if self._fits(claim):
+                self._take(claim)
+                return True
+            queue.push(claim)
+            return False
+        queue.push(claim)
+        if queue.head() is claim and self._fits(claim):
             self._take(claim)
+            queue.admitted(claim)
             return True
-        self.queue.push(claim)
         return False
 
     def admit(self) -> list[Claim]:

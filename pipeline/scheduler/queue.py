@@ -10,14 +10,15 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from .claim import Claim, ClaimState, Group, Key
+from .claim import Claim, ClaimState, Group
 
 __all__ = ["WaitingQueue"]
 
 _FEW = 64
 """Dead entries that are not worth a sweep."""
 
-_Entry = tuple[Key, Claim]
+_Entry = tuple[int, int, int, int, Claim]
+"""A key with its claim, flat, which compares quickest; keys differ, so claims are never compared."""
 
 
 class WaitingQueue:
@@ -30,24 +31,22 @@ class WaitingQueue:
     def __init__(self, fairness: int | None = None) -> None:
         self.fairness = fairness
         self._heap: list[_Entry] = []
-        self._live = 0
+        self.live = 0
+        """How many wait."""
         self._dead = 0
         self._admissions = 0
         """Of claims that have waited here: while nobody waits, nobody is passed over."""
         self._groups: OrderedDict[Group, None] = OrderedDict()
         """With fairness: those with waiting claims, the one that was served longest ago first."""
 
-    def __len__(self) -> int:
-        return self._live
-
     def __iter__(self) -> Iterator[Claim]:
         """All that wait, in no order."""
-        return (claim for _, claim in self._heap if claim.state is _WAITING)
+        return (entry[4] for entry in self._heap if entry[4].state is _WAITING)
 
     def push(self, claim: Claim) -> None:
-        entry = (claim.key, claim)
+        entry = (*claim.key, claim)
         heapq.heappush(self._heap, entry)
-        self._live += 1
+        self.live += 1
         if self.fairness is not None:
             group = claim.group
             heapq.heappush(group.heap, entry)
@@ -58,24 +57,24 @@ class WaitingQueue:
 
     def head(self) -> Claim | None:
         """The claim that is next, whether it can be admitted or not."""
-        if not self._live:
+        if not self.live:
             return None
         if self.fairness is not None:
             longest = next(iter(self._groups))
             if self._admissions - longest.since >= self.fairness:
-                return _first_living(longest.heap)[1]
+                return _first_living(longest.heap)[4]
         heap = self._heap
-        while heap[0][1].state is not _WAITING:
+        while (claim := heap[0][4]).state is not _WAITING:
             heapq.heappop(heap)
             self._dead -= 1
-        return heap[0][1]
+        return claim
 
     def admitted(self, claim: Claim) -> None:
         """The head has left the queue, and is no longer `WAITING`."""
         self._admissions += 1
-        if self._heap[0][1] is claim:
+        if self._heap[0][4] is claim:
             heapq.heappop(self._heap)
-            self._live -= 1
+            self.live -= 1
         else:
             self._buried()
         if self.fairness is not None:
@@ -99,9 +98,9 @@ class WaitingQueue:
             group.heap = _living(group.heap)
 
     def _buried(self) -> None:
-        self._live -= 1
+        self.live -= 1
         self._dead += 1
-        if self._dead > _FEW and self._dead > self._live:
+        if self._dead > _FEW and self._dead > self.live:
             self._heap = _living(self._heap)
             self._dead = 0
 
@@ -110,12 +109,12 @@ _WAITING = ClaimState.WAITING
 
 
 def _living(heap: list[_Entry]) -> list[_Entry]:
-    rest = [entry for entry in heap if entry[1].state is _WAITING]
+    rest = [entry for entry in heap if entry[4].state is _WAITING]
     heapq.heapify(rest)
     return rest
 
 
 def _first_living(heap: list[_Entry]) -> _Entry:
-    while heap[0][1].state is not _WAITING:
+    while heap[0][4].state is not _WAITING:
         heapq.heappop(heap)
     return heap[0]

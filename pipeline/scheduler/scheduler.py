@@ -14,8 +14,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from .alarms import Alarms
-from .amounts import as_capacity, as_needs, check_needs
-from .claim import Claim, ClaimState, Group, Owner
+from .amounts import as_capacity, as_needs, check_needs, read_needs
+from .claim import Claim, Group, Owner
 from .crew import Crew
 from .engine import Engine
 from .handles import PipelineHandle, State, TaskHandle
@@ -150,13 +150,10 @@ class Scheduler:
         return Group(next(self._numbers), name, priority)
 
     def claim(self, owner: Owner, group: Group, needs: Any, priority: int, stage: int) -> Claim:
-        """Ask for resources. While the scheduler is locked. The owner is told when they are its own, perhaps at once."""
+        """Ask for resources, without a thread. While the scheduler is locked. The owner is told, perhaps at once."""
         key = (-priority, -stage, group.number, next(self._numbers))
-        claim = Claim(owner, group, needs, key, threaded=owner.kind == "task", at=monotonic())
-        if self.engine.submit(claim):
-            owner.granted()
-        else:
-            self._admit()
+        claim = Claim(owner, group, needs, key, False, monotonic())
+        self._enter(claim)
         return claim
 
     def give_back(self, claim: Claim) -> None:
@@ -175,6 +172,15 @@ class Scheduler:
         if self.engine.drop(claim):
             self._admit()
 
+    def _enter(self, claim: Claim) -> bool:
+        engine = self.engine
+        if not engine.submit(claim):
+            return False
+        claim.owner.granted()
+        if engine.queue.fairness is not None:
+            self._admit()
+        return True
+
     def _admit(self) -> None:
         for claim in self.engine.admit():
             claim.at = monotonic()
@@ -182,22 +188,18 @@ class Scheduler:
 
     def submit_task(self, submission: PipelineHandle, task: TaskBuilder) -> TaskHandle:
         """For `TaskBuilder.run`, which knows that the pipeline is running."""
-        title = f"the task {task.name!r}" if task.name else "the task"
-        needs = check_needs(as_needs(task.resources), self.engine.capacity, title)
+        needs = read_needs(task.resources, self.engine.capacity, task.name)
         handle = TaskHandle(submission, self.turn, task.fn, task.args, task.kwargs, task.name, task.timeout)
         group = submission.group
         with self.turn:
-            self.workers.hire()
+            if not self.workers.threads:
+                self.workers.hire()
             self._live += 1
             self.totals["submitted tasks"] += 1
             key = (-group.priority - task.priority, -submission.stage, group.number, next(self._numbers))
-            claim = handle.claim = Claim(handle, group, needs, key, threaded=True, at=monotonic())
-            if self.engine.submit(claim):
-                handle.granted()
-            else:
-                self._admit()
-                if task.start_within is not None and claim.state is ClaimState.WAITING:
-                    handle.arm(self.alarms.set(task.start_within, handle.expiry(task.start_within)))
+            handle.claim = claim = Claim(handle, group, needs, key, True, monotonic())
+            if not self._enter(claim) and task.start_within is not None:
+                handle.arm(self.alarms.set(task.start_within, handle.expiry(task.start_within)))
         return handle
 
     def task_ended(self, task: TaskHandle, state: State) -> None:
