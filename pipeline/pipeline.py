@@ -23,13 +23,14 @@ from .bridge import BridgeSink
 from .cancellation.ending import Ending
 from .cancellation.reason import CancelReason, CancelType
 from .cancellation.triggers import Trigger
-from .errors import PipelineCancelled, PipelineError, StageConfigError
+from .errors import PipelineCancelled, PipelineError
 from .handle import CancelHandle
 from .interop import is_stream_operator, stream_stage
 from .iteration import check_buffer, iterate, iterate_in_thread, stopped
 from .lifecycle import Grace, PipelineState
 from .loops import loop_factory
 from .metrics import Counters, PipelineSnapshot, read_ledger
+from .options import PipelineOptions
 from .policy import ErrorPolicy
 from .protocols import StageLike, is_stage
 from .report import RunReport
@@ -73,16 +74,16 @@ class Pipeline(Generic[T]):
         log: bool = False,
         tally_len: bool = False,
     ) -> None:
-        if not isinstance(cancel_on, (tuple, list)):
-            cancel_on = (cancel_on,) if isinstance(cancel_on, Trigger) else tuple(cancel_on)
-        _check_options(on_error, cancel_on, grace, scheduler)
-        self.name = name or "pipeline"
-        self._on_error = on_error
-        self._scheduler = scheduler
-        self._cancel_on = tuple(cancel_on)
-        self._grace = grace or Grace()
-        self._log = log
-        self._tally = tally_len
+        triggers = (cancel_on,) if isinstance(cancel_on, Trigger) else tuple(cancel_on)
+        self._options = PipelineOptions(
+            name=name or "pipeline",
+            on_error=on_error,
+            cancel_on=triggers,
+            grace=Grace() if grace is None else grace,
+            scheduler=scheduler,
+            log=log,
+            tally_len=tally_len,
+        )
         self._links: tuple[Link, ...] = ()
         self._inner: Pipeline[Any] | None = None
         self._members: tuple[Pipeline[Any], ...] = ()
@@ -94,6 +95,10 @@ class Pipeline(Generic[T]):
         """For `EndTrigger`: the end of the run under way, or of the last one."""
         if source is not None:
             self._set_source(source)
+
+    @property
+    def name(self) -> str:
+        return self._options.name
 
     # --- declaring
 
@@ -153,9 +158,9 @@ class Pipeline(Generic[T]):
             self._links += right._scheduled()
             self._members += (right,)
         elif is_stage(other):
-            self._links += (Link(cast("StageLike[Any, Any]", other), self._on_error, self._scheduler),)
+            self._links += (Link(cast("StageLike[Any, Any]", other), self._options.on_error, self._options.scheduler),)
         elif is_stream_operator(other):
-            self._links += (Link(stream_stage(other), self._on_error),)
+            self._links += (Link(stream_stage(other), self._options.on_error),)
         else:
             what = f"the function {other.__name__!r}" if hasattr(other, "__name__") else f"a {type(other).__name__}"
             raise TypeError(
@@ -165,9 +170,9 @@ class Pipeline(Generic[T]):
 
     def _scheduled(self) -> tuple[Link, ...]:
         """The links, those without a scheduler with this pipeline's."""
-        if self._scheduler is None:
+        if self._options.scheduler is None:
             return self._links
-        return tuple([link if link.scheduler else replace(link, scheduler=self._scheduler) for link in self._links])
+        return tuple([link if link.scheduler else replace(link, scheduler=self._options.scheduler) for link in self._links])
 
     def _copy(self) -> Pipeline[T]:
         twin: Pipeline[T] = type(self).__new__(type(self))
@@ -187,11 +192,11 @@ class Pipeline(Generic[T]):
         not start. Raises `PipelineError` when this pipeline is running already, `StageConfigError` when a stage cannot
         work as declared, and `CancelledError`, after everything is closed, when the awaiting task is cancelled.
         """
-        return await self._finish(DiscardingSink(tally=self._tally))
+        return await self._finish(DiscardingSink(tally=self._options.tally_len))
 
     async def collect(self) -> list[T] | Err:
         """Run to the end and return all outputs in a list, which takes the memory that they need; errors as in `run`."""
-        sink = CollectingSink(tally=self._tally)
+        sink = CollectingSink(tally=self._options.tally_len)
         result = await self._finish(sink)
         items = sink.give()
         return result if isinstance(result, Err) else items
@@ -218,7 +223,7 @@ class Pipeline(Generic[T]):
         Leaving early cancels the run with code "iter_closed". After a failure or a cancel, what was produced is
         delivered first, then `PipelineFailed` or `PipelineCancelled` is raised.
         """
-        return iterate(self._open, self._release, BufferSink(check_buffer(max_buffer), tally=self._tally))
+        return iterate(self._open, self._release, BufferSink(check_buffer(max_buffer), tally=self._options.tally_len))
 
     def iter(self, max_buffer: int = 64, *, uvloop: bool = False) -> Generator[T, None, None]:
         """Iterate from synchronous code: the pipeline runs on a loop of its own, in a thread of its own.
@@ -228,7 +233,7 @@ class Pipeline(Generic[T]):
         """
         factory = loop_factory(uvloop=uvloop)
         return iterate_in_thread(
-            self._open, self._release, BridgeSink(check_buffer(max_buffer), tally=self._tally), factory
+            self._open, self._release, BridgeSink(check_buffer(max_buffer), tally=self._options.tally_len), factory
         )
 
     def _open(self, sink: Sink) -> Run:
@@ -252,7 +257,7 @@ class Pipeline(Generic[T]):
             link.stage.check(link.default_policy)
             check_stage(link.stage, link.scheduler)
         assert self._source is not None
-        self._runtime = runtime = PipelineRuntime(self.name, self._grace)
+        self._runtime = runtime = PipelineRuntime(self.name, self._options.grace)
         for member in self._all_members():
             member._carriers.add(runtime)
         for pipeline in (self, *self._all_members()):
@@ -260,7 +265,7 @@ class Pipeline(Generic[T]):
             runtime.closed.add_done_callback(pipeline._tell_end)
             for reason in pipeline._cancelled:  # by another thread, since we looked: it may have found no run yet
                 _pass_on(StopRequest(reason, StopLevel.ABORT), runtime)
-        return Run(runtime, self._source, links, sink, self._cancel_on, log=self._log)
+        return Run(runtime, self._source, links, sink, self._options.cancel_on, log=self._options.log)
 
     def _refusal(self) -> Err | None:
         for pipeline in (self, *self._all_members()):
@@ -343,7 +348,7 @@ class Pipeline(Generic[T]):
     def runtime(self) -> PipelineRuntime:
         """The runtime of the current or last run; before the first run, an empty one."""
         carrier = next(iter(self._carriers), None)
-        return carrier or self._runtime or PipelineRuntime(self.name, self._grace)
+        return carrier or self._runtime or PipelineRuntime(self.name, self._options.grace)
 
     @property
     def report(self) -> RunReport | None:
@@ -393,18 +398,6 @@ class Pipeline(Generic[T]):
     def __repr__(self) -> str:
         chain = " >> ".join(["source" if self._source else "(no source)", *(link.stage.name for link in self._links)])
         return f"<Pipeline {self.name!r}: {chain}>"
-
-
-def _check_options(on_error: Any, cancel_on: Any, grace: Any, scheduler: Any) -> None:
-    if not isinstance(on_error, ErrorPolicy):
-        raise StageConfigError(f"on_error must be an ErrorPolicy (DROP, EMIT, RAISE or SIDE), not {on_error!r}")
-    if grace is not None and not isinstance(grace, Grace):
-        raise StageConfigError(f"grace must be a Grace(drain=..., abort=..., terminate=..., kill=...), not {grace!r}")
-    if scheduler is not None and not isinstance(scheduler, Scheduler):
-        raise StageConfigError(f"scheduler must be a Scheduler(resources=...), not {scheduler!r}")
-    for trigger in cancel_on:
-        if isinstance(trigger, type) or not isinstance(trigger, Trigger):
-            raise TypeError(f"cancel_on takes triggers, such as TimeoutTrigger(30), not {trigger!r}")
 
 
 def _as_reason(reason: str | CancelReason | None, code: str | None, origin: str) -> CancelReason:
