@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 from pipeline.scheduler import Scheduler, StagedPipeline
 
@@ -46,8 +47,8 @@ class Meter:
 class Film:
     """Two steps; what they need is said once, for the scheduler, and taken for real, on the meter."""
 
-    DECODE = {"cpu": 1, "memory_mb": 4.5, "disk_mb": 4}
-    ENCODE = {"cpu": 2, "memory_mb": 1.5}
+    DECODE: ClassVar = {"cpu": 1, "memory_mb": 4.5, "disk_mb": 4}
+    ENCODE: ClassVar = {"cpu": 2, "memory_mb": 1.5}
 
     def __init__(self, number: int, folder: Path, meter: Meter) -> None:
         self.raw = folder / f"{number}.raw"
