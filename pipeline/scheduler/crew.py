@@ -45,6 +45,8 @@ class Crew:
         """The bells of those that wait; the one that has worked last is called first."""
         self._called = 0
         """Threads that have been called or started and have not come yet."""
+        self._here = False
+        """One of them has the turn and is about to take a job anyway."""
         self._dismissed = False
         self.threads: list[threading.Thread] = []
 
@@ -58,7 +60,7 @@ class Crew:
     def put(self, job: CrewJob) -> None:
         """A job for whoever comes first."""
         self._jobs.append(job)
-        if not self._called:
+        if not self._called and not self._here:
             self._call()
 
     def dismiss(self) -> None:
@@ -98,7 +100,9 @@ class Crew:
                     self._called -= 1
                     called = False
                 if job is not None:
+                    self._here = True
                     job.end()
+                    self._here = False
                     job = None
                 while jobs and job is None:
                     job = jobs.popleft()

@@ -158,14 +158,13 @@ class TaskHandle(Handle):
     def __init__(
         self,
         submission: PipelineHandle,
-        turn: Turn,
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any] | None,
         label: str | None,
         timeout: float | None,
     ) -> None:
-        Handle.__init__(self, submission._scheduler, turn)
+        Handle.__init__(self, submission._scheduler, submission.turn)
         self.submission = submission
         self.label = label
         self._function: Callable[..., Any] | None = function

@@ -169,7 +169,8 @@ class Scheduler:
             self._refuse_shut()
 
     def _drop(self, claim: Claim) -> None:
-        if self.engine.drop(claim):
+        engine = self.engine
+        if engine.drop(claim) and engine.queue.live:
             self._admit()
 
     def _enter(self, claim: Claim) -> bool:
@@ -182,14 +183,17 @@ class Scheduler:
         return True
 
     def _admit(self) -> None:
-        for claim in self.engine.admit():
-            claim.at = monotonic()
-            claim.owner.granted()
+        admitted = self.engine.admit()
+        if admitted:
+            now = monotonic()
+            for claim in admitted:
+                claim.at = now
+                claim.owner.granted()
 
     def submit_task(self, submission: PipelineHandle, task: TaskBuilder) -> TaskHandle:
         """For `TaskBuilder.run`, which knows that the pipeline is running."""
         needs = read_needs(task.resources, self.engine.capacity, task.name)
-        handle = TaskHandle(submission, self.turn, task.fn, task.args, task.kwargs, task.name, task.timeout)
+        handle = TaskHandle(submission, task.fn, task.args, task.kwargs, task.name, task.timeout)
         group = submission.group
         with self.turn:
             if not self.workers.threads:
