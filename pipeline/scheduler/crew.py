@@ -90,12 +90,13 @@ class Crew:
 
     def _work(self) -> None:
         turn, jobs = self._turn, self._jobs
+        lock, left = turn.lock, turn.left
         bell = threading.Lock()
         bell.acquire()
         job: CrewJob | None = None
         called = True
         while True:
-            with turn:
+            with lock:
                 if called:
                     self._called -= 1
                     called = False
@@ -112,11 +113,15 @@ class Crew:
                     if jobs and not self._called:
                         self._call()
                 elif self._dismissed:
-                    return
+                    break
                 else:
                     self._idle.append(bell)
+            if left:
+                turn.catch_up()
             if job is not None:
                 job.perform()
             else:
                 bell.acquire()  # bounded by the scheduler's close, and the thread is a daemon
                 called = True
+        if left:
+            turn.catch_up()

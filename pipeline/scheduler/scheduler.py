@@ -194,16 +194,19 @@ class Scheduler:
         """For `TaskBuilder.run`, which knows that the pipeline is running."""
         needs = read_needs(task.resources, self.engine.capacity, task.name)
         handle = TaskHandle(submission, task.fn, task.args, task.kwargs, task.name, task.timeout)
-        group = submission.group
-        with self.turn:
-            if not self.workers.threads:
+        group, turn = submission.group, self.turn
+        if not self.workers.threads:
+            with turn:
                 self.workers.hire()
+        with turn.lock:
             self._live += 1
             self.totals["submitted tasks"] += 1
             key = (-group.priority - task.priority, -submission.stage, group.number, next(self._numbers))
             handle.claim = claim = Claim(handle, group, needs, key, True, monotonic())
             if not self._enter(claim) and task.start_within is not None:
                 handle.arm(self.alarms.set(task.start_within, handle.expiry(task.start_within)))
+        if turn.left:
+            turn.catch_up()
         return handle
 
     def task_ended(self, task: TaskHandle, state: State) -> None:

@@ -17,33 +17,37 @@ __all__ = ["Turn"]
 
 
 class Turn:
-    """A lock to use in `with`. `clear` is called, with the lock held, for each claim that was left."""
+    """A lock to use in `with`. `clear` is called, with the lock held, for each claim that was left.
 
-    __slots__ = ("_acquire", "_clear", "_left", "_release")
+    Where a task passes it is twice as quick to use `lock` itself, and then, if there is something in `left`, `catch_up`.
+    """
+
+    __slots__ = ("_acquire", "_clear", "_release", "left", "lock")
 
     def __init__(self, clear: Callable[[Claim], None]) -> None:
-        lock = threading.Lock()
+        self.lock = lock = threading.Lock()
         self._acquire = lock.acquire
         self._release = lock.release
-        self._left: deque[Claim] = deque()
+        self.left: deque[Claim] = deque()
         self._clear = clear
 
     def leave(self, claim: Claim) -> None:
         """A claim is over. Any thread, any moment."""
-        self._left.append(claim)
-        self._clear_left()
+        self.left.append(claim)
+        self.catch_up()
 
     def __enter__(self) -> None:
         self._acquire()
 
     def __exit__(self, *_: Any) -> None:
         self._release()
-        if self._left:
-            self._clear_left()
+        if self.left:
+            self.catch_up()
 
-    def _clear_left(self) -> None:
+    def catch_up(self) -> None:
+        """Clear what is left, if nobody else is about to."""
         # Who does not get the lock need not wait: its holder looks here after it has let go.
-        left = self._left
+        left = self.left
         while left and self._acquire(False):
             try:
                 while left:

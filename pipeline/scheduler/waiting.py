@@ -72,8 +72,8 @@ def wait_for(
     if not wanted:
         raise ValueError("there is nothing to wait for: no handles were given")
     _wait(wanted, timeout, return_when)
-    done = {handle for handle in wanted if handle.done()}
-    return done, wanted - done
+    pending = {handle for handle in wanted if not handle.done()}
+    return wanted - pending, pending
 
 
 def _wait(wanted: set[H], timeout: float | None, return_when: str) -> None:
