@@ -319,6 +319,8 @@ def test_with_fairness_a_pipeline_waits_for_a_bounded_number_of_others(fairness:
     count = iter(range(1, 10**6))
     running = _claim(engine, favourites[0], next(count), stage=5, cpu=1)
     assert engine.submit(running)
+    for group in favourites:
+        engine.submit(_claim(engine, group, next(count), stage=5, cpu=1))
     engine.submit(_claim(engine, late, next(count), cpu=1))
     gaps, gap = [], 0
     for _ in range(200):

@@ -491,3 +491,29 @@ def test_handles_say_what_they_are() -> None:
         handle = submit(scheduler, body, name="film")
         assert handle.result(LIMIT) == "<TaskHandle film/nothing: succeeded>"
         assert repr(handle) == "<PipelineHandle film: succeeded>"
+
+
+# --- a system without threads to spare
+
+
+def test_a_thread_that_cannot_be_started_is_an_error_or_its_work_is_done_by_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, allowed = threading.Thread.start, [0]
+
+    def start_some(thread: threading.Thread) -> None:
+        if "-worker-" in thread.name:
+            if not allowed[0]:
+                raise RuntimeError("can't start new thread")
+            allowed[0] -= 1
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+
+    def body(pipeline: StagedPipeline) -> list[int]:
+        with pytest.raises(RuntimeError, match="can't start"):
+            pipeline.task(nothing, resources={"cpu": 1}).run()
+        allowed[0] = 1
+        tasks = [pipeline.task(abs, resources={"cpu": 1}, args=(-number,)).run() for number in range(20)]
+        pipeline.wait(tasks)
+        return [task.result() for task in tasks]
+
+    assert run_body(body) == list(range(20))
