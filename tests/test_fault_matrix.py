@@ -21,7 +21,7 @@ from pipeline.testing import assert_no_leaks
 
 LIMIT = 300.0
 """Seconds after which a row hangs."""
-SHARE = os.environ.get("MATRIX_SHARE", "0.1")
+SHARE = os.environ.get("MATRIX_SHARE", "0.06")
 
 EXPECTED = [f"F{number}" for number in range(1, 19)]
 
