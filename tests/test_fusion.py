@@ -28,7 +28,7 @@ from stages import SKIP, KillSwitch, stage, take
 from stages.burst import only_computes
 from workers import WorkerState
 
-_SCALE = float(os.environ.get("PENSTOCK_EXAMPLES", "1"))
+_SCALE = float(os.environ.get("PENSTOCK_EXAMPLES", "0.5"))
 """Multiplies the number of examples; above 1 they are drawn afresh each time, for a long hunt."""
 
 

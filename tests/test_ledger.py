@@ -26,7 +26,7 @@ import stages as operators
 from pipeline import Err, ErrorPolicy, Grace, Pipeline, PipelineCancelled, PipelineFailed, RunReport, is_err
 from stages import SKIP, KillSwitch, Retry, stage
 
-_SCALE = float(os.environ.get("PENSTOCK_EXAMPLES", "1"))
+_SCALE = float(os.environ.get("PENSTOCK_EXAMPLES", "0.5"))
 """Multiplies the number of examples; above 1 they are drawn afresh each time, for a long hunt."""
 
 
