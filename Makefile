@@ -12,13 +12,23 @@ MERGE ?=
 SECONDS ?= 600
 SEED ?= 1
 
-.PHONY: demo test matrix soak explore bench lint types check clean
+.PHONY: demo test browser matrix soak explore bench lint types check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/10_index_source.py $(PATH_TO_INDEX)
 
-test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+# Several processes, for most of what the tests do is to wait.
+TEST = -m pytest -n auto --maxprocesses 4 --dist worksteal
+test: $(VENV)/.installed-dev browser
+	$(BIN)/python $(TEST)
+
+# The page's tests drive a real browser. One that cannot be had stops nothing: they say so and are skipped.
+browser: $(VENV)/.installed-dev
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+		|| ls $$HOME/.cache/ms-playwright/chromium-*/ >/dev/null 2>&1 \
+		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && { apt-get install -y -q chromium || { apt-get update -q && apt-get install -y -q chromium; }; } >/dev/null 2>&1; } \
+		|| $(BIN)/python -m playwright install --with-deps chromium \
+		|| echo "no Chromium could be installed; the tests of the page are skipped"
 
 # Every fault as often as it was promised; the suite injects a share of that.
 matrix: $(VENV)/.installed-dev

@@ -44,6 +44,20 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the table of the fault matrix: the last word of each row, in the order of their numbers."""
+    lines = {
+        report.nodeid: str(dict(report.user_properties)["matrix"])
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if isinstance(report, pytest.TestReport) and "matrix" in dict(report.user_properties)
+    }
+    if lines:
+        terminalreporter.write_line(f"\n{'':4} {'fault':75} {'injected':>8}  {'worst':>8}  outcome")
+        for line in sorted(lines.values(), key=lambda line: int(line.split()[0].removeprefix("F"))):
+            terminalreporter.write_line(line)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _keepers() -> None:
     """Start what the interpreter keeps, so that no test seems to: fork server, resource tracker, libuv's signal pipe."""

@@ -1,7 +1,8 @@
 """The fault matrix: every fault that the project promises to survive, injected for real, in programs of their own.
 
 The rule kept here: each row runs in a process with a hard limit, must leave nothing behind and nothing on stderr, and
-says how often its fault was injected. The table is printed when all are through.
+says how often its fault was injected. The table is printed when all are through: conftest.py does it, for the rows may run
+in several processes.
 
 `make matrix` injects as often as was promised; the suite takes a share of that, MATRIX_SHARE.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,29 +27,18 @@ SHARE = os.environ.get("MATRIX_SHARE", "0.06")
 EXPECTED = [f"F{number}" for number in range(1, 19)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def table(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
-    """A line for each row; printed at the end, whatever pytest captures."""
-    lines: dict[str, str] = {}
-    yield lines
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    if capture is not None and lines:
-        with capture.global_and_fixture_disabled():
-            print(f"\n{'':4} {'fault':75} {'injected':>8}  {'worst':>8}  outcome")
-            for name in sorted(lines, key=EXPECTED.index):
-                print(lines[name])
-
-
 def test_every_row_of_the_matrix_is_there() -> None:
     assert sorted(ROWS, key=EXPECTED.index) == EXPECTED
 
 
 @pytest.mark.timeout(LIMIT + 60)
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_fault_is_survived(name: str, tmp_path: Path, table: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_is_survived(
+    name: str, tmp_path: Path, record_property: Callable[[str, object], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MATRIX_SHARE", SHARE)
     scenario = ROWS[name]
-    table[name] = f"{name:4} {scenario.fault:75} {'':>8}  {'':>8}  FAILED: {scenario.passes_when}"
+    record_property("matrix", f"{name:4} {scenario.fault:75} {'':>8}  {'':>8}  FAILED: {scenario.passes_when}")
     finished = run_program(tmp_path, "", name, seconds=LIMIT, interpreter=("-m", "matrix"))
     assert finished.code == 0, finished.err
     assert finished.err == ""
@@ -57,7 +47,7 @@ def test_a_fault_is_survived(name: str, tmp_path: Path, table: dict[str, str], m
     assert told["injected"] > 0
     worst = f"{told['worst'] * 1e3:,.0f} ms" if told["worst"] is not None else "-"
     outcome = "; ".join([f"passed: {scenario.passes_when}", *told["notes"]])
-    table[name] = f"{name:4} {scenario.fault:75} {told['injected']:>8,}  {worst:>8}  {outcome}"
+    record_property("matrix", f"{name:4} {scenario.fault:75} {told['injected']:>8,}  {worst:>8}  {outcome}")
 
 
 def test_a_leak_would_be_seen() -> None:
