@@ -7,7 +7,7 @@ the messages that asyncio attaches to a cancelled task are never relied upon.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -62,6 +62,12 @@ class CancelReason:
             "at": self.at,
             "causes": [cause.to_dict() for cause in self.causes],
         }
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> CancelReason:
+        """The reason that `to_dict` has told, perhaps in another process."""
+        causes = tuple(cls.from_dict(cause) for cause in told.get("causes", ()))
+        return cls(told["message"], CancelType(told["cancel_type"]), told.get("code"), told.get("origin"), told["at"], causes)
 
     def lines(self) -> Iterator[str]:
         """The reason in words, and indented below it the reasons behind it."""

@@ -1,0 +1,1 @@
+"""Long-running work that clients can watch and cancel, and trust."""
