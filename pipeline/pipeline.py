@@ -14,7 +14,6 @@ Example:
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Generic, TypeVar, cast, overload
 
@@ -23,7 +22,7 @@ from .bridge import BridgeSink
 from .cancellation.ending import Ending
 from .cancellation.reason import CancelReason, CancelType
 from .cancellation.triggers import Trigger
-from .errors import PipelineCancelled, PipelineError
+from .errors import PipelineError
 from .handle import CancelHandle
 from .interop import is_stream_operator, stream_stage
 from .iteration import check_buffer, iterate, iterate_in_thread, stopped
@@ -41,10 +40,9 @@ from .scheduler import Scheduler
 from .scheduler.share import check_stage
 from .sink import BufferSink, CollectingSink, DiscardingSink
 from .source import Source, as_source
+from .standing import Standing, report_of
 
 __all__ = ["Pipeline"]
-
-_HOW_IT_ENDED = {"completed": "completed", "failed": "failed", "cancelled": "was cancelled", None: "could not start"}
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -88,17 +86,18 @@ class Pipeline(Generic[T]):
         self._inner: Pipeline[Any] | None = None
         self._members: tuple[Pipeline[Any], ...] = ()
         self._source: Source | None = None
-        self._runtime: PipelineRuntime | None = None
-        self._carriers: set[PipelineRuntime] = set()
-        self._cancelled: list[CancelReason] = []
-        self.ending = Ending()
-        """For `EndTrigger`: the end of the run under way, or of the last one."""
+        self._standing = Standing(self.name)
         if source is not None:
             self._set_source(source)
 
     @property
     def name(self) -> str:
         return self._options.name
+
+    @property
+    def ending(self) -> Ending:
+        """For `EndTrigger`: the end of the run under way, or of the last one."""
+        return self._standing.ending
 
     # --- declaring
 
@@ -134,9 +133,7 @@ class Pipeline(Generic[T]):
             self._links = self._links[len(self._inner._links) :]
             self._members = self._members[1:]
         self._set_source(source)
-        self._cancelled = []
-        self._runtime = None
-        self.ending.begin()
+        self._standing.renew()
         return self
 
     def _set_source(self, source: Any) -> None:
@@ -177,10 +174,7 @@ class Pipeline(Generic[T]):
     def _copy(self) -> Pipeline[T]:
         twin: Pipeline[T] = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin._runtime = None
-        twin._carriers = set()
-        twin._cancelled = []
-        twin.ending = Ending()
+        twin._standing = Standing(self.name)
         return twin
 
     # --- running
@@ -245,7 +239,7 @@ class Pipeline(Generic[T]):
 
     def _prepare(self, sink: Sink) -> Run | Err:
         """Check everything that can be checked before anything starts."""
-        if self._active:
+        if self._standing.active:
             raise PipelineError(
                 f"pipeline {self.name!r} is running already; await that run, or build a second pipeline from the same stages"
             )
@@ -257,22 +251,18 @@ class Pipeline(Generic[T]):
             link.stage.check(link.default_policy)
             check_stage(link.stage, link.scheduler)
         assert self._source is not None
-        self._runtime = runtime = PipelineRuntime(self.name, self._options.grace)
+        runtime = PipelineRuntime(self.name, self._options.grace)
+        self._standing.own(runtime)
         for member in self._all_members():
-            member._carriers.add(runtime)
+            member._standing.join(runtime)
         for pipeline in (self, *self._all_members()):
-            pipeline.ending.begin()
-            runtime.closed.add_done_callback(pipeline._tell_end)
-            for reason in pipeline._cancelled:  # by another thread, since we looked: it may have found no run yet
-                _pass_on(StopRequest(reason, StopLevel.ABORT), runtime)
+            pipeline._standing.begin(runtime)
         return Run(runtime, self._source, links, sink, self._options.cancel_on, log=self._options.log)
 
     def _refusal(self) -> Err | None:
         for pipeline in (self, *self._all_members()):
-            if pipeline._cancelled:
-                reasons = tuple(pipeline._cancelled)
-                text = f"pipeline {pipeline.name!r} was cancelled ({reasons[0]}); set a source with gen() to run it again"
-                return Err(PipelineCancelled(text, reasons=reasons), reasons=reasons, attempts=0)
+            if (refusal := pipeline._standing.refusal()) is not None:
+                return refusal
         if self._source is None:
             return Err(
                 PipelineError("the pipeline has no source: give one to Pipeline(source), or set one with gen(source)"),
@@ -284,17 +274,8 @@ class Pipeline(Generic[T]):
     def _release(self, run: Run) -> None:
         """The run is over: let go of it, and remember whether it was cancelled."""
         for member in self._all_members():
-            member._carriers.discard(run.runtime)
-        result = run.runtime.closed.result() if run.runtime.closed.done() else None
-        report = result.report if isinstance(result, Err) else result
-        if report is not None and report.outcome == "cancelled":
-            self._cancelled = list(report.reasons)
-
-    def _tell_end(self, closed: Future[RunReport | Err]) -> None:
-        result = closed.result()
-        report = result.report if isinstance(result, Err) else result
-        how = _HOW_IT_ENDED[report.outcome if report is not None else None]
-        self.ending.tell(_end_of(self.name, how, result.reasons))
+            member._standing.leave(run.runtime)
+        self._standing.settle()
 
     def _all_members(self) -> list[Pipeline[Any]]:
         found: list[Pipeline[Any]] = []
@@ -322,40 +303,19 @@ class Pipeline(Generic[T]):
             raise ValueError("drain=True lets items finish and force=True does not; choose one")
         level = StopLevel.KILL if force else StopLevel.DRAIN if drain else StopLevel.ABORT
         request = StopRequest(_as_reason(reason, code, self.name), level)
-        if running := self._running():
-            effects = [runtime.request_stop(request) for runtime in running]
-            return CancelHandle(any(effects), running[0].closed, running[0])
-        if self._runtime is not None:
-            return CancelHandle(False, self._runtime.closed, None)
-        self._cancelled.append(request.reason)  # atomic, as other threads may do the same
-        if running := self._running():  # started by another thread at this very moment
-            effects = [_pass_on(request, runtime) for runtime in running]
-            return CancelHandle(any(effects), running[0].closed, running[0])
-        reasons = tuple(self._cancelled)
-        self.ending.tell(_end_of(self.name, "was cancelled before it started", reasons))
-        never: Future[RunReport | Err] = Future()
-        never.set_result(Err(reasons[0].message, reasons=reasons, attempts=0))
-        return CancelHandle(reasons[0] is request.reason, never, None)
-
-    def _running(self) -> list[PipelineRuntime]:
-        """The runs that a cancel of this pipeline stops: its own, and those of pipelines that contain it."""
-        runtimes = (self._runtime, *tuple(self._carriers))
-        return [runtime for runtime in runtimes if runtime is not None and runtime.ended is None]
+        return self._standing.cancel(request)
 
     # --- watching
 
     @property
     def runtime(self) -> PipelineRuntime:
         """The runtime of the current or last run; before the first run, an empty one."""
-        carrier = next(iter(self._carriers), None)
-        return carrier or self._runtime or PipelineRuntime(self.name, self._options.grace)
+        return self._standing.runtime or PipelineRuntime(self.name, self._options.grace)
 
     @property
     def report(self) -> RunReport | None:
         """The account of the last run, also of one that was interrupted from outside; None while there is none."""
-        closed = self.runtime.closed
-        result = closed.result() if closed.done() else None
-        return result.report if isinstance(result, Err) else result
+        return report_of(self._standing.runtime)
 
     @property
     def state(self) -> PipelineState:
@@ -364,12 +324,12 @@ class Pipeline(Generic[T]):
 
     def snapshot(self) -> PipelineSnapshot:
         """The ledger at this moment: any time, from any thread, without waiting. Costs a few microseconds a stage."""
-        runtime = next(iter(self._carriers), None) or self._runtime
+        runtime = self._standing.runtime
         if runtime is None or runtime.assembly is None:
             seats = seats_for(self._links)
             ledger = read_ledger(Counters("source"), [seat.counters for seat in seats], None)
-            reasons = runtime.reasons if runtime else tuple(self._cancelled)
-            state = runtime.state if runtime else PipelineState.CLOSED if self._cancelled else PipelineState.NEW
+            reasons = runtime.reasons if runtime else self._standing.cancelled
+            state = runtime.state if runtime else self._standing.idle_state
             elapsed = 0.0
         else:
             state, reasons, elapsed = runtime.state, runtime.reasons, runtime.elapsed
@@ -387,12 +347,8 @@ class Pipeline(Generic[T]):
             stages=ledger.stages,
         )
 
-    @property
-    def _active(self) -> bool:
-        return self._runtime is not None and self._runtime.ended is None
-
     def _refuse_running(self, what: str) -> None:
-        if self._active:
+        if self._standing.active:
             raise PipelineError(f"pipeline {self.name!r} cannot {what} while it runs")
 
     def __repr__(self) -> str:
@@ -404,12 +360,3 @@ def _as_reason(reason: str | CancelReason | None, code: str | None, origin: str)
     if isinstance(reason, CancelReason):
         return reason if code is None else replace(reason, code=code)
     return CancelReason(str(reason) if reason is not None else "cancelled", CancelType.MANUAL, code=code, origin=origin)
-
-
-def _end_of(name: str, how: str, causes: tuple[CancelReason, ...]) -> CancelReason:
-    return CancelReason(f"pipeline {name!r} {how}", CancelType.PIPELINE, origin=name, causes=causes)
-
-
-def _pass_on(request: StopRequest, runtime: PipelineRuntime) -> bool:
-    """A cancel has met a start: it is told by one of the two who have noticed."""
-    return all(known.reason is not request.reason for known in runtime.requests) and runtime.request_stop(request)
