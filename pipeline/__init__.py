@@ -2,7 +2,8 @@
 
 The rooms:
 
-- `pipeline`: the definition; `options`: what it can be told; `standing`: where it stands. `run`: one run of it. `assembly`: its nodes and edges.
+- `pipeline`: the definition; `options`: what it can be told; `standing`: where it stands. `run`: one run of it.
+  `assembly`: its nodes and edges.
   `shutdown`: the phases of its end
 - `runtime`: the reasons to stop a run; `registers`: its tasks, threads and processes; `handle`: what `cancel()` returns;
   `lifecycle`: the states
