@@ -6,19 +6,21 @@ The rule kept here: no amount is ever rounded. A float is taken as the decimal t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from math import isfinite
 from numbers import Rational, Real
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from .errors import UnknownResourceError, UnschedulableTaskError
 
 __all__ = ["Amount", "Needs", "as_capacity", "as_needs", "check_needs", "exact", "plain", "read_needs", "words"]
 
 Amount: TypeAlias = int | Fraction
+_LARGEST = int(sys.float_info.max)
 Needs: TypeAlias = tuple[tuple[str, Amount], ...]
 """What one piece of work needs, by label, without what it needs nothing of."""
 
@@ -29,21 +31,49 @@ def exact(value: Any, what: str) -> Amount:
         amount: Amount = value
     else:
         if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
-            raise ValueError(f"{what} is an amount: a number that is not negative, not {value!r}")
-        if not isfinite(value):
-            raise ValueError(f"{what} is an amount and must be finite, not {value!r}")
-        amount = _convert(cast("Any", value))
+            raise ValueError(f"{what} is an amount, a number of 0 or more, and not {value!r}")
+        _check_size(value, what)
+        amount = _convert(value)
     if amount < 0:
         raise ValueError(f"{what} is an amount and cannot be negative, but is {value!r}")
+    if amount > _LARGEST:
+        raise _out_of_range(what)
     return amount
 
 
-@lru_cache(maxsize=1024, typed=True)
+def _check_size(value: Any, what: str) -> None:
+    """Before it is made exact, which takes a digit for each of its exponent."""
+    if isinstance(value, Decimal) and value.is_snan():
+        raise ValueError(f"{what} is an amount and must be finite, not {value!r}")
+    try:
+        near = float(value)
+    except OverflowError:
+        raise _out_of_range(what) from None
+    if not isfinite(near):
+        if isinstance(value, Decimal) and value.is_finite():
+            raise _out_of_range(what)
+        raise ValueError(f"{what} is an amount and must be finite, not {value!r}")
+    if not near and value:
+        raise _out_of_range(what)
+
+
+def _out_of_range(what: str) -> ValueError:
+    return ValueError(f"{what} is an amount and must be 0, or between 5e-324 and 1.8e+308, so that it can be shown")
+
+
 def _convert(value: Any) -> Amount:
-    if isinstance(value, (Decimal, Rational)):
-        fraction = Fraction(cast("Decimal", value))
-    elif type(value) is float:
-        fraction = Fraction(Decimal(repr(value)))
+    if isinstance(value, Rational):  # integers of numpy are, too, and would wrap round
+        fraction = Fraction(int(value.numerator), int(value.denominator))
+        return fraction.numerator if fraction.denominator == 1 else fraction
+    return _from_decimal(value)
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _from_decimal(value: Any) -> Amount:
+    if isinstance(value, Decimal):
+        fraction = Fraction(value)
+    elif isinstance(value, float):
+        fraction = Fraction(Decimal(float.__repr__(value)))
     else:
         fraction = Fraction(Decimal(str(value)))  # of other libraries: their text is their precision, float32 for one
     return fraction.numerator if fraction.denominator == 1 else fraction
