@@ -95,6 +95,11 @@ class Pipeline(Generic[T]):
         return self._options.name
 
     @property
+    def links(self) -> tuple[Link, ...]:
+        """Its stages, in order, each with what it gets from the pipeline that it was declared in."""
+        return self._links
+
+    @property
     def ending(self) -> Ending:
         """For `EndTrigger`: the end of the run under way, or of the last one."""
         return self._standing.ending

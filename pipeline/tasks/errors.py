@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .events import TaskKey
 
-__all__ = ["CoordinatorClosedError", "TaskAlreadyRunningError", "TaskError", "UnknownTaskError"]
+__all__ = ["CoordinatorClosedError", "TaskAlreadyRunningError", "TaskError", "TaskOverError", "UnknownTaskError"]
 
 
 class TaskError(Exception):
@@ -24,6 +24,14 @@ class TaskAlreadyRunningError(TaskError):
 
     def __init__(self, key: TaskKey) -> None:
         super().__init__(f"task {key} is running already; cancel it, wait for its end, or give this one another id")
+        self.key = key
+
+
+class TaskOverError(TaskError):
+    """Something was told about a run of a task that has ended, or that was given up as stuck."""
+
+    def __init__(self, key: TaskKey) -> None:
+        super().__init__(f"task {key} is over, and nothing more can be told about it; end this work")
         self.key = key
 
 

@@ -1,0 +1,326 @@
+"""One attempt at a task, wherever it runs: what it tells while it runs, what stops it, and how it ended.
+
+The rules kept here:
+
+- How it ended is a value, and whoever owns the execution tells it, once. Whatever the work does, `run()` returns that
+  value after the work's cleanup; only a KeyboardInterrupt and its like go through.
+- The first reason to stop that came before the end of the work decides. What came later changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from ..cancellation.fence import Fence
+from ..cancellation.reason import CancelReason, CancelType
+from ..cancellation.signals import running_loop
+from ..cancellation.triggers import TimeoutTrigger, Trigger
+from ..errors import PipelineStopped
+from ..iteration import stopped
+from ..pipeline import Pipeline
+from ..report import RunReport
+from ..result import Err
+from .data import about_error, readable
+from .events import EventType
+from .graph import stages_of
+from .progress import ProgressReporter
+from .task import StreamTask, TaskContext, Work, check_work, enter_task, leave_task
+
+__all__ = ["Execution", "TaskEnd"]
+
+_CODE = "task_cancelled"
+"""The code of a cancellation that came through asyncio, without a reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEnd:
+    """How an attempt ended: the type and the data of its terminal event, which is for its owner to publish.
+
+    `error` is what was raised, `value` what was returned: a `RunReport`, or what the coroutine gave.
+    """
+
+    type: EventType
+    data: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    error: BaseException | None = None
+    value: Any = None
+
+    def conclude(self) -> Any:
+        """End the asyncio task as asyncio expects: return the value, or raise the error or CancelledError."""
+        if self.type in (EventType.CANCELLED, EventType.TIMED_OUT):
+            if isinstance(self.error, asyncio.CancelledError):
+                raise self.error
+            raise asyncio.CancelledError(self.data.get("message")) from self.error
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class Execution:
+    """One attempt. `run()` it once, on the loop on which it is; `cancel()` it from anywhere.
+
+    `timeout` is in seconds from the start; `cancel_on` takes triggers; snapshots of a pipeline become `progress` events
+    at most every `progress_interval` seconds; with `items` each of its outputs becomes an `item` event. Raises TypeError
+    and ValueError for what cannot be run.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        context: TaskContext,
+        *,
+        timeout: float | None = None,
+        cancel_on: Trigger | Sequence[Trigger] = (),
+        progress_interval: float = 0.25,
+        items: bool = False,
+    ) -> None:
+        check_work(work)
+        _check_interval(progress_interval)
+        self.context = context
+        self._work = work
+        self._triggers = _triggers(timeout, cancel_on)
+        self._interval = progress_interval
+        self._items = items
+        self._reasons: list[CancelReason] = []
+        self._sealed: tuple[CancelReason, ...] | None = None
+        self._stop: Callable[[CancelReason], object] | None = None
+        """Passes a reason on to what runs now."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._cancelling = 0
+        """Requests to cancel the asyncio task that came before us."""
+
+    @property
+    def reasons(self) -> tuple[CancelReason, ...]:
+        """Every reason to stop that came before the end of the work, in order."""
+        return tuple(self._reasons) if self._sealed is None else self._sealed
+
+    def cancel(self, reason: CancelReason) -> None:
+        """Ask the work to stop. From any thread; before the start it will not begin, after the end nothing happens."""
+        loop = self._loop
+        if loop is None or running_loop() is loop:
+            self._heard(reason)
+            return
+        try:
+            loop.call_soon_threadsafe(self._heard, reason)
+        except RuntimeError:  # the loop was closed, and the work with it
+            if not loop.is_closed():
+                raise
+
+    async def run(self) -> TaskEnd:
+        """Do the work, and say how that ended."""
+        self._loop = asyncio.get_running_loop()
+        self._cancelling = _cancelling()
+        self.context.bind(self._loop, lambda: self.reasons)
+        token = enter_task(self.context)
+        try:
+            with ExitStack() as armed:
+                self._arm(armed)
+                end = await self._perform(self._work)
+        except asyncio.CancelledError as error:
+            self._interrupted()
+            end = self._stopped(error=error)
+        except Exception as error:  # the work's own are told by `_perform`: a trigger's, or our owner's when he publishes
+            end = self._failed(error)
+        finally:
+            self._sealed = self.reasons
+            self._stop = None
+            self.context.close()
+            leave_task(token)
+        return self._with_what_was_said(end)
+
+    def end_of(self, error: BaseException | None) -> TaskEnd:
+        """How it ended, if `run()` did not get to say so: it was cancelled before its first step, or given up."""
+        if error is not None and not isinstance(error, asyncio.CancelledError):
+            return self._with_what_was_said(self._failed(error))
+        if not self._reasons:
+            self._interrupted()
+        return self._with_what_was_said(self._stopped(error=error))
+
+    # --- what stops it
+
+    def _arm(self, armed: ExitStack) -> None:
+        for trigger in self._triggers:
+            reason = trigger.check()
+            if reason is not None:
+                self._heard(reason)
+            else:
+                armed.callback(trigger.arm(self._heard).disarm)
+
+    def _heard(self, reason: CancelReason) -> None:
+        if self._sealed is None:
+            self._reasons.append(reason)
+            if self._stop is not None:
+                self._stop(reason)
+
+    def _interrupted(self) -> None:
+        """It was cancelled through asyncio, where nobody says why."""
+        if not any(reason.code == _CODE for reason in self._reasons):
+            self._heard(CancelReason("the asyncio task was cancelled", CancelType.MANUAL, _CODE, origin="asyncio"))
+
+    # --- the work
+
+    async def _perform(self, work: Work) -> TaskEnd:
+        if self._reasons:
+            return self._stopped()
+        if isinstance(work, Pipeline):
+            return await self._run_pipeline(work)
+        await self.context.tell(EventType.STARTED, {})
+        value: Any = None
+        error: Exception | None = None
+        with Fence() as fence:
+            for reason in self._reasons:  # since we looked
+                fence.cancel(reason)
+            self._stop = fence.cancel
+            try:
+                value = await _call(work, self.context)
+            except Exception as raised:
+                error = raised
+        self._stop = None
+        if _cancelling() > self._cancelling:  # and the work has kept that from us
+            self._interrupted()
+        if self._reasons:
+            return self._stopped(error=error, value=value)
+        if error is not None:
+            return self._failed(error)
+        if isinstance(value, (Pipeline, StreamTask)):  # the coroutine has made what is to be done
+            return await self._perform(cast("Work", value))
+        return TaskEnd(EventType.COMPLETED, {} if value is None else {"value": readable(value)}, value=value)
+
+    async def _run_pipeline(self, pipeline: Pipeline[Any]) -> TaskEnd:
+        await self.context.tell(EventType.STARTED, {"pipeline": pipeline.name, "stages": stages_of(pipeline)})
+        if self._reasons:
+            return self._stopped()
+        interrupted: asyncio.CancelledError | None = None
+        result: RunReport | Err | None = None
+        self._stop = pipeline.cancel
+        try:
+            async with ProgressReporter(pipeline, self.context, self._interval):
+                result = await (self._iterate(pipeline) if self._items else pipeline.run())
+        except asyncio.CancelledError as error:
+            interrupted, result = error, result or pipeline.report
+            self._stop = None  # it has stopped
+            self._interrupted()
+        except Exception as error:  # it could not start, or an item could not be told
+            result = Err.of(error)
+        self._stop = None
+        return self._end_of_run(result, interrupted)
+
+    async def _iterate(self, pipeline: Pipeline[Any]) -> RunReport | Err:
+        try:
+            async with aclosing(pipeline.async_iter()) as outputs:
+                async for output in outputs:
+                    await self.context.tell(EventType.ITEM, {"item": readable(output)})
+        except PipelineStopped as error:
+            return Err(error.__cause__ or error, reasons=error.reasons, report=error.report, attempts=0)
+        report = pipeline.report
+        assert report is not None
+        return report
+
+    # --- how it ended
+
+    def _end_of_run(self, result: RunReport | Err | None, interrupted: asyncio.CancelledError | None) -> TaskEnd:
+        report = result.report if isinstance(result, Err) else result
+        data = {} if report is None else {"report": readable(report)}
+        if isinstance(result, RunReport) and result.outcome == "completed" and interrupted is None:
+            return TaskEnd(EventType.COMPLETED, data["report"], value=result)
+        reasons = () if report is None else report.reasons
+        self._reasons[:] = _merged(reasons, self._reasons)
+        if report is not None and report.outcome == "failed":
+            assert isinstance(result, Err)
+            return self._failed(_raised(result), about=result.value, more=data)
+        if self._reasons:
+            return self._stopped(error=interrupted, value=report, more=data)
+        assert isinstance(result, Err)
+        return self._failed(_raised(result), more=data)
+
+    def _stopped(
+        self, *, error: BaseException | None = None, value: Any = None, more: Mapping[str, Any] | None = None
+    ) -> TaskEnd:
+        first = self._reasons[0]
+        data = {"message": first.message, "reasons": readable([reason.to_dict() for reason in self._reasons])}
+        if more is not None:
+            data |= more
+        elif value is not None:
+            data["value"] = readable(value)
+        if isinstance(error, Exception):
+            data["error"] = about_error(error)
+        type = EventType.TIMED_OUT if first.cancel_type is CancelType.TIMEOUT else EventType.CANCELLED
+        return TaskEnd(type, data, error=error, value=value)
+
+    def _failed(
+        self, error: BaseException, *, about: BaseException | str | None = None, more: Mapping[str, Any] | None = None
+    ) -> TaskEnd:
+        cause = about if isinstance(about, BaseException) else error
+        data = about_error(cause) | dict(more or {})
+        if self._reasons:
+            data["reasons"] = readable([reason.to_dict() for reason in self._reasons])
+        return TaskEnd(EventType.ERROR, data, error=error)
+
+    def _with_what_was_said(self, end: TaskEnd) -> TaskEnd:
+        """Terminal events that the work has sent: the last decides, if the work then returned, and all become part of the end."""
+        said = self.context.said
+        if not said:
+            return end
+        type, reasons = end.type, end.data.get("reasons")
+        if type is EventType.COMPLETED:
+            type = said[-1][0]
+        data = dict(end.data)
+        for kind, told in said:
+            data = {**data, **told} if kind is type else {**told, **data}
+        if type in (EventType.CANCELLED, EventType.TIMED_OUT) and reasons is None:
+            message = str(data.setdefault("message", f"the work says that it was {type.value}"))
+            why = CancelType.TIMEOUT if type is EventType.TIMED_OUT else CancelType.MANUAL
+            reasons = readable([CancelReason(message, why, origin="the work itself").to_dict()])
+        if reasons is not None:
+            data["reasons"] = reasons
+        if type is EventType.ERROR and "message" not in data:
+            data["message"] = "the work says that it has failed"
+        return TaskEnd(type, readable(data), error=end.error, value=end.value)
+
+
+def _raised(err: Err) -> BaseException:
+    """What an iteration would raise for this run."""
+    error = stopped(err)
+    if isinstance(err.value, BaseException) and error is not err.value:
+        error.__cause__ = err.value
+    return error
+
+
+def _merged(report: Sequence[CancelReason], ours: Sequence[CancelReason]) -> list[CancelReason]:
+    """Those of the run, and those of ours that it has not heard; a cancellation through asyncio is told as ours."""
+    ours = list(ours)
+    merged: list[CancelReason] = []
+    for reason in report:
+        if reason.code == "parent_cancelled" and any(one.code == _CODE for one in ours):
+            reason = next(one for one in ours if one.code == _CODE)
+        if not any(reason is one for one in merged):
+            merged.append(reason)
+    return merged + [reason for reason in ours if not any(reason is one for one in merged)]
+
+
+def _cancelling() -> int:
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
+
+
+async def _call(work: Work, context: TaskContext) -> Any:
+    if isinstance(work, StreamTask):
+        return await work.run_with(context)
+    call = cast("Callable[..., Awaitable[Any]]", work)
+    return await (call(context) if check_work(work) else call())
+
+
+def _check_interval(seconds: object) -> None:
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise ValueError(f"progress_interval is a number of seconds, more than 0, not {seconds!r}")
+
+
+def _triggers(timeout: float | None, cancel_on: Trigger | Sequence[Trigger]) -> list[Trigger]:
+    triggers = [cancel_on] if isinstance(cancel_on, Trigger) else list(cancel_on)
+    for trigger in triggers:
+        if isinstance(trigger, type) or not isinstance(trigger, Trigger):
+            raise TypeError(f"cancel_on takes triggers, such as EventTrigger(event), not {trigger!r}")
+    return triggers if timeout is None else [TimeoutTrigger(timeout, code="timeout"), *triggers]

@@ -1,0 +1,102 @@
+"""How tasks are stopped, all together and in bounded time, by hand or by signals.
+
+The rule kept here: nobody waits longer than he said, and what did not stop is named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, replace
+from time import monotonic
+from types import TracebackType
+from typing import Protocol, Self
+
+from ..cancellation.fence import Fence
+from ..cancellation.reason import CancelReason
+from ..cancellation.signals import SignalTrigger
+from ..cancellation.triggers import TriggerHandle
+from ..observe.logs import get_logger
+from .events import TaskKey
+from .running import RunningTask
+
+__all__ = ["ShutdownReport", "SignalledShutdown", "stop_tasks"]
+
+CODE = "shutdown"
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownReport:
+    """What a shutdown did: the tasks that have `ended`, those that are `stuck` and were left behind, the `seconds` it took."""
+
+    ended: tuple[TaskKey, ...]
+    stuck: tuple[TaskKey, ...]
+    seconds: float
+
+
+async def stop_tasks(tasks: Sequence[RunningTask], reason: CancelReason, timeout: float) -> ShutdownReport:
+    """Cancel these tasks, wait for them for up to `timeout` seconds, and give up those that are left. Raises nothing of theirs."""
+    began = monotonic()
+    reason = reason if reason.code is not None else replace(reason, code=CODE)
+    for task in tasks:
+        task.cancel(reason)
+    if tasks:
+        await asyncio.wait([task.gone for task in tasks], timeout=max(timeout, 0.0))
+    for task in tasks:
+        if not task.gone.done():
+            task.give_up()
+    stuck = tuple(task.key for task in tasks if task.stuck)
+    if stuck:
+        get_logger().error("tasks did not stop and were left behind", tasks=[str(key) for key in stuck], waited=timeout)
+    return ShutdownReport(tuple(task.key for task in tasks if not task.stuck), stuck, monotonic() - began)
+
+
+class Shutdown(Protocol):
+    """A coordinator's or backend's."""
+
+    def __call__(self, timeout: float, reason: CancelReason, /) -> Awaitable[ShutdownReport]: ...
+
+
+class SignalledShutdown:
+    """A block whose end is a shutdown when a signal comes; `report` is what that did, None without a signal."""
+
+    def __init__(self, shutdown: Shutdown, signals: Sequence[int], timeout: float) -> None:
+        self.report: ShutdownReport | None = None
+        self._shutdown = shutdown
+        self._trigger = SignalTrigger(*signals, code=CODE)
+        self._timeout = timeout
+        self._fence = Fence()
+        self._handle = TriggerHandle()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def reasons(self) -> tuple[CancelReason, ...]:
+        """The signals that have come."""
+        return self._fence.reasons
+
+    async def __aenter__(self) -> Self:
+        self._handle = self._trigger.arm(self._signalled)
+        self._fence.__enter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        try:
+            if self._tasks:  # the block has ended by itself meanwhile
+                await asyncio.wait(self._tasks)
+        finally:
+            self._handle.disarm()
+            swallowed = self._fence.__exit__(kind, error, trace)
+        return swallowed
+
+    def _signalled(self, reason: CancelReason) -> None:
+        first = not self._tasks
+        task = asyncio.create_task(self._stop(reason, self._timeout if first else 0.0), name="shutdown by signal")
+        self._tasks.append(task)
+
+    async def _stop(self, reason: CancelReason, timeout: float) -> None:
+        report = await self._shutdown(timeout, reason)
+        if self.report is None or report.stuck:
+            self.report = report
+        self._fence.cancel(reason)
