@@ -32,14 +32,15 @@ from .task import Work, current_task
 
 __all__ = ["TaskCoordinator", "coordinator"]
 
-_EVENTS_OF_ENDED = 100_000
-"""Events that are kept of tasks that are over, all together: some 60 MB at half a kilobyte each."""
+_BYTES_OF_ENDED = 64 << 20
+"""What the events of all tasks that are over may take together, about."""
 
 
 class TaskCoordinator(TaskHub):
-    """Tasks of this process. It belongs to the event loop in which it starts the first one; no method is for other threads.
+    """Tasks of this process. While one runs, the coordinator belongs to its event loop; no method is for other threads.
 
-    Of tasks that are over the newest `keep` are kept, for `keep_for` seconds, with at most 100,000 events in all.
+    Of tasks that are over the newest `keep` are kept, for `keep_for` seconds, and as long as all their
+    events take no more than 64 MiB.
     Snapshots of pipelines become `progress` events at most every `progress_interval` seconds. As `async with` it shuts
     down when it is left.
     """
@@ -52,8 +53,8 @@ class TaskCoordinator(TaskHub):
         self._logs: dict[TaskKey, TaskLog] = {}
         self._running: dict[TaskKey, RunningTask] = {}
         self._ended: dict[TaskKey, tuple[TaskStatus, float, int]] = {}
-        """In the order of their ends, with the time of that and the number of events kept."""
-        self._events_of_ended = 0
+        """In the order of their ends, with the time of that and what their events take."""
+        self._bytes_of_ended = 0
 
     # --- starting
 
@@ -96,6 +97,7 @@ class TaskCoordinator(TaskHub):
         self._forget(key)
         self._logs[key] = log
         self._running[key] = running
+        running.start()
         return running
 
     def is_task_running(self, app: object, name: object, id: object) -> bool:
@@ -195,8 +197,8 @@ class TaskCoordinator(TaskHub):
         loop = asyncio.get_running_loop()
         if self._loop is loop:
             return
-        if self._loop is not None and not self._loop.is_closed():
-            raise RuntimeError("this coordinator belongs to another event loop, which still runs: make one for each loop")
+        if self._running and self._loop is not None and not self._loop.is_closed():
+            raise RuntimeError("this coordinator has tasks in another event loop: make a coordinator for each loop")
         if self._loop is not None:
             self._closed = False
             for key in self._running:
@@ -208,23 +210,23 @@ class TaskCoordinator(TaskHub):
         key = running.key
         if self._running.pop(key, None) is None:
             return  # of a loop that is closed
-        size = self._logs[key].size
+        size = self._logs[key].bytes
         self._ended[key] = (running.status(), monotonic(), size)
-        self._events_of_ended += size
+        self._bytes_of_ended += size
         self._forget_old()
 
     def _forget_old(self) -> None:
         oldest = monotonic() - self._keep_for
         while self._ended:
             key, (_, ended, _) = next(iter(self._ended.items()))
-            if len(self._ended) <= self._keep and ended >= oldest and self._events_of_ended <= _EVENTS_OF_ENDED:
+            if len(self._ended) <= self._keep and ended >= oldest and self._bytes_of_ended <= _BYTES_OF_ENDED:
                 return
             self._forget(key)
             del self._logs[key]
 
     def _forget(self, key: TaskKey) -> None:
         _, _, size = self._ended.pop(key, (None, None, 0))
-        self._events_of_ended -= size
+        self._bytes_of_ended -= size
 
 
 coordinator = TaskCoordinator()

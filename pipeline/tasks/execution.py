@@ -77,7 +77,7 @@ class Execution:
         progress_interval: float = 0.25,
         items: bool = False,
     ) -> None:
-        check_work(work)
+        self._takes_context = check_work(work)
         _check_interval(progress_interval)
         self.context = context
         self._work = work
@@ -110,7 +110,9 @@ class Execution:
                 raise
 
     async def run(self) -> TaskEnd:
-        """Do the work, and say how that ended."""
+        """Do the work, and say how that ended. Once."""
+        if self._loop is not None:
+            raise RuntimeError(f"this attempt at task {self.context.key} was run before: make an Execution for each")
         self._loop = asyncio.get_running_loop()
         self._cancelling = _cancelling()
         self.context.bind(self._loop, lambda: self.reasons)
@@ -175,7 +177,7 @@ class Execution:
                 fence.cancel(reason)
             self._stop = fence.cancel
             try:
-                value = await _call(work, self.context)
+                value = await self._call(work)
             except Exception as raised:
                 error = raised
         self._stop = None
@@ -188,6 +190,12 @@ class Execution:
         if isinstance(value, (Pipeline, StreamTask)):  # the coroutine has made what is to be done
             return await self._perform(cast("Work", value))
         return TaskEnd(EventType.COMPLETED, {} if value is None else {"value": readable(value)}, value=value)
+
+    async def _call(self, work: Work) -> Any:
+        if isinstance(work, StreamTask):
+            return await work.run_with(self.context)
+        call = cast("Callable[..., Awaitable[Any]]", work)
+        return await (call(self.context) if self._takes_context else call())
 
     async def _run_pipeline(self, pipeline: Pipeline[Any]) -> TaskEnd:
         await self.context.tell(EventType.STARTED, {"pipeline": pipeline.name, "stages": stages_of(pipeline)})
@@ -266,9 +274,9 @@ class Execution:
             return end
         type, reasons = end.type, end.data.get("reasons")
         if type is EventType.COMPLETED:
-            type = said[-1][0]
+            type = next(reversed(said))
         data = dict(end.data)
-        for kind, told in said:
+        for kind, told in said.items():
             data = {**data, **told} if kind is type else {**told, **data}
         if type in (EventType.CANCELLED, EventType.TIMED_OUT) and reasons is None:
             message = str(data.setdefault("message", f"the work says that it was {type.value}"))
@@ -304,13 +312,6 @@ def _merged(report: Sequence[CancelReason], ours: Sequence[CancelReason]) -> lis
 def _cancelling() -> int:
     task = asyncio.current_task()
     return 0 if task is None else task.cancelling()
-
-
-async def _call(work: Work, context: TaskContext) -> Any:
-    if isinstance(work, StreamTask):
-        return await work.run_with(context)
-    call = cast("Callable[..., Awaitable[Any]]", work)
-    return await (call(context) if check_work(work) else call())
 
 
 def _check_interval(seconds: object) -> None:

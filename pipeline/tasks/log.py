@@ -10,6 +10,7 @@ The rules kept here:
 from __future__ import annotations
 
 import asyncio
+import json
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping
@@ -20,12 +21,15 @@ from .errors import TaskOverError, UnknownTaskError
 from .events import TERMINAL, EventType, TaskEvent, TaskKey
 from .status import Subscription
 
-__all__ = ["HistorySubscription", "RunHistory", "TaskLog"]
+__all__ = ["HistorySubscription", "RunHistory", "TaskLog", "check_place"]
 
 _EVENTS = 1_000
 """Events other than progress that are kept of one run."""
 _PROGRESS = 100
 """Progress events that are kept of one run."""
+_BYTES = 16 << 20
+"""What the events that are kept of one run may take: their data as JSON, and so much for each event besides:"""
+_EVENT = 500
 
 
 class RunHistory:
@@ -41,17 +45,15 @@ class RunHistory:
         self.terminal: TaskEvent | None = None
         self.newest: dict[EventType, TaskEvent] = {}
         """Of each type; also of those that are no longer kept."""
-        self._seqs: list[int] = []  # both sorted, and of one length
+        self._seqs: list[int] = []  # sorted, and of one length with the next two
         self._events: list[TaskEvent] = []
+        self._sizes: list[int] = []
+        self.bytes = 0
+        """What the events that are kept take, about."""
         self._progress: deque[int] = deque()
         self._others: deque[int] = deque()
         self._waiters: set[asyncio.Future[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
-
-    @property
-    def size(self) -> int:
-        """Events that are kept."""
-        return len(self._seqs)
 
     def publish(self, type: EventType, data: Mapping[str, Any]) -> TaskEvent:
         """Add an event, and wake all who wait for it. On the loop; raises `TaskOverError` after the terminal one."""
@@ -69,12 +71,7 @@ class RunHistory:
         elif type is EventType.STARTED and self.began is None:
             self.began = event
         self.newest[type] = event
-        self._seqs.append(event.seq)
-        self._events.append(event)
-        kept, most = (self._progress, _PROGRESS) if type is EventType.PROGRESS else (self._others, _EVENTS)
-        kept.append(event.seq)
-        if len(kept) > most:
-            self._forget(kept.popleft())
+        self._keep(event)
         self._wake()
 
     def after(self, seq: int, buffer: int) -> TaskEvent | None:
@@ -109,9 +106,23 @@ class RunHistory:
         """How many wait for the next event at this moment."""
         return len(self._waiters)
 
-    def _forget(self, seq: int) -> None:
-        index = bisect_right(self._seqs, seq) - 1
-        del self._seqs[index], self._events[index]
+    def _keep(self, event: TaskEvent) -> None:
+        size = len(json.dumps(event.data, ensure_ascii=False)) + _EVENT
+        self.bytes += size
+        self._seqs.append(event.seq)
+        self._events.append(event)
+        self._sizes.append(size)
+        kept, most = (self._progress, _PROGRESS) if event.type is EventType.PROGRESS else (self._others, _EVENTS)
+        kept.append(event.seq)
+        if len(kept) > most:
+            self._forget(kept)
+        while self.bytes > _BYTES:
+            self._forget(self._progress or self._others)
+
+    def _forget(self, kept: deque[int]) -> None:
+        index = bisect_right(self._seqs, kept.popleft()) - 1
+        self.bytes -= self._sizes[index]
+        del self._seqs[index], self._events[index], self._sizes[index]
 
     def _wake(self) -> None:
         waiters, self._waiters = self._waiters, set()
@@ -133,9 +144,9 @@ class TaskLog:
         return 0 if self.current is None else self.current.seq
 
     @property
-    def size(self) -> int:
-        """Events that are kept."""
-        return sum(history.size for history in (self.current, self._before) if history is not None)
+    def bytes(self) -> int:
+        """What the events that are kept take, about."""
+        return sum(history.bytes for history in (self.current, self._before) if history is not None)
 
     def begin(self) -> RunHistory:
         """A history for the next run, which goes on counting."""
@@ -161,6 +172,7 @@ class HistorySubscription(Subscription):
     """One follower of one run: a position in its history."""
 
     def __init__(self, log: TaskLog, *, last_event_id: int | None, buffer: int) -> None:
+        check_place(last_event_id, buffer)
         self.dropped = 0
         self._key = log.key
         self._history, self._seen = log.place(last_event_id)
@@ -213,3 +225,10 @@ class HistorySubscription(Subscription):
         self._closed = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def check_place(last_event_id: int | None, buffer: int) -> None:
+    """Raises ValueError for what is no place in a history, or no size of a buffer."""
+    for name, value, least in (("last_event_id", 0 if last_event_id is None else last_event_id, 0), ("buffer", buffer, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is a whole number, {least} or more, not {value!r}")

@@ -24,10 +24,10 @@ __all__ = ["RunningTask", "as_reason"]
 
 
 class RunningTask:
-    """The handle that `start_task` returns. `task` is its asyncio task.
+    """The handle that `start_task` returns.
 
-    That task ends as any other: with the work's value, with its exception, or cancelled. `wait()` never raises for what
-    the work did, and gives the terminal event.
+    Its asyncio `task` ends as any other: with the work's value, with its exception, or cancelled. `wait()` never raises for
+    what the work did, and gives the terminal event.
     """
 
     def __init__(
@@ -51,8 +51,18 @@ class RunningTask:
         self._created = time.time()
         self._stuck = False
         self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.task: asyncio.Task[Any] = asyncio.create_task(self._attend(), name=f"task {key}")
-        self.task.add_done_callback(self._task_done)
+        self._task: asyncio.Task[Any] | None = None
+
+    def start(self) -> None:
+        """Begin, once. Where tasks are eager the work may be over when this returns."""
+        self._task = asyncio.create_task(self._attend(), name=f"task {self.key}")
+        self._task.add_done_callback(self._task_done)
+
+    @property
+    def task(self) -> asyncio.Task[Any]:
+        """The asyncio task that does the work. `Any`: its value."""
+        assert self._task is not None
+        return self._task
 
     # --- asking
 
@@ -97,7 +107,7 @@ class RunningTask:
     def _state(self) -> TaskState:
         if self._history.terminal is not None:
             return TaskState(self._history.terminal.type.value)
-        if self.reasons:
+        if self.reasons or (self._task is not None and self._task.cancelling()):
             return TaskState.CANCELLING
         return TaskState.QUEUED if self._history.began is None else TaskState.RUNNING
 
@@ -161,6 +171,10 @@ class RunningTask:
         if end.type is EventType.ERROR:
             what = describe(end.error) if end.error is not None else end.data["message"]
             get_logger(task=str(self.key)).error("task failed", error=what, exc_info=end.error)
+        elif isinstance(end.error, Exception):
+            get_logger(task=str(self.key)).warning(
+                "task failed while it was stopping", error=describe(end.error), exc_info=end.error
+            )
 
 
 def as_reason(reason: str | CancelReason | None, code: str | None) -> CancelReason:

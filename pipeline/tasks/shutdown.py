@@ -68,11 +68,8 @@ class SignalledShutdown:
         self._fence = Fence()
         self._handle = TriggerHandle()
         self._tasks: list[asyncio.Task[None]] = []
-
-    @property
-    def reasons(self) -> tuple[CancelReason, ...]:
+        self.reasons: list[CancelReason] = []
         """The signals that have come."""
-        return self._fence.reasons
 
     async def __aenter__(self) -> Self:
         self._handle = self._trigger.arm(self._signalled)
@@ -83,20 +80,33 @@ class SignalledShutdown:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         try:
-            if self._tasks:  # the block has ended by itself meanwhile
-                await asyncio.wait(self._tasks)
+            await self._stopped()
         finally:
             self._handle.disarm()
             swallowed = self._fence.__exit__(kind, error, trace)
+        for task in self._tasks:
+            task.result()  # raises what has kept it from shutting down
         return swallowed
 
+    async def _stopped(self) -> None:
+        """Wait for a shutdown that is under way: the block may have ended by itself meanwhile."""
+        while any(not task.done() for task in self._tasks):
+            try:
+                await asyncio.wait(self._tasks)
+            except asyncio.CancelledError:
+                for task in self._tasks:
+                    task.cancel()
+                raise
+
     def _signalled(self, reason: CancelReason) -> None:
-        first = not self._tasks
-        task = asyncio.create_task(self._stop(reason, self._timeout if first else 0.0), name="shutdown by signal")
-        self._tasks.append(task)
+        timeout = 0.0 if self.reasons else self._timeout
+        self.reasons.append(reason)
+        self._tasks.append(asyncio.create_task(self._stop(reason, timeout), name="shutdown by signal"))
 
     async def _stop(self, reason: CancelReason, timeout: float) -> None:
-        report = await self._shutdown(timeout, reason)
-        if self.report is None or report.stuck:
-            self.report = report
-        self._fence.cancel(reason)
+        try:
+            report = await self._shutdown(timeout, reason)
+            if self.report is None or report.stuck:
+                self.report = report
+        finally:
+            self._fence.cancel(reason)

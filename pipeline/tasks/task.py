@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 from ..cancellation.reason import CancelReason
+from ..pace import Pacer
 from ..pipeline import Pipeline
 from .data import plain
 from .errors import TaskOverError
@@ -51,13 +52,14 @@ class TaskContext:
         self.attempt = attempt
         self.saved = saved
         self.payload: Mapping[str, Any] = {} if payload is None else payload
-        self.said: list[tuple[EventType, Mapping[str, Any]]] = []
-        """Terminal events that the work has sent: they are told when it has ended, in the one that ends the task."""
+        self.said: dict[EventType, Mapping[str, Any]] = {}
+        """Data of terminal events that the work has sent, the last one last: told in the one that ends the task."""
         self._publish = publish
         self._keep = keep
         self._reasons: Callable[[], tuple[CancelReason, ...]] = tuple
         self._loop: asyncio.AbstractEventLoop | None = None
         self._over = False
+        self._pace = Pacer()
 
     @property
     def reasons(self) -> tuple[CancelReason, ...]:
@@ -123,9 +125,12 @@ class TaskContext:
         if self._over:
             raise TaskOverError(self.key)
         if type in TERMINAL:
-            self.said.append((type, data))
+            before = self.said.pop(type, {})
+            self.said[type] = {**before, **data}
         else:
             await self._publish(type, data)
+            if self._pace.due():  # work that only tells, and never waits, leaves the loop to those who listen
+                await self._pace.rest()
 
     async def _save(self, keep: Callable[[Any], Awaitable[object]], state: Any) -> None:
         if self._over:
@@ -189,10 +194,14 @@ class StreamTask(ABC):
         """Say how it ends, once `process` returns: failed."""
         await self.context.send_event(EventType.ERROR, {"message": message} | more)
 
-    async def run_with(self, context: TaskContext) -> Any:
-        """Run `process` with this context. Raises RuntimeError while it runs already."""
+    def check_idle(self) -> None:
+        """Raises RuntimeError while it runs."""
         if self._context is not None:
             raise RuntimeError(f"this {type(self).__qualname__} runs already as task {self._context.key}; make another one")
+
+    async def run_with(self, context: TaskContext) -> Any:
+        """Run `process` with this context. Raises RuntimeError while it runs already."""
+        self.check_idle()
         self._context = context
         try:
             return await self.process()
@@ -224,7 +233,10 @@ def leave_task(token: Token[TaskContext | None]) -> None:
 
 def check_work(work: object) -> bool:
     """Whether it is a function that takes the context. Raises TypeError for what cannot be run as a task."""
-    if isinstance(work, (Pipeline, StreamTask)):
+    if isinstance(work, Pipeline):
+        return False
+    if isinstance(work, StreamTask):
+        work.check_idle()
         return False
     if inspect.iscoroutine(work):
         work.close()

@@ -7,6 +7,7 @@ names what it had to cancel and what it had to leave behind.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from ...cancellation.reason import CancelReason
@@ -64,16 +65,12 @@ class AsyncFireAndTrackBackend(TaskBackend):
         executor = self._executor_for(key, ready=self._ready)
         if executor is None:
             return None
-        self._start(key, Submitted(executor, task), task)
+        running = self.coordinator.start_task(*key, Submitted(executor, dict(task)), payload=task)
+        self._inflight[key] = running
+        running.gone.add_done_callback(partial(self._over, running))
         return key
 
-    def _start(self, key: TaskKey, work: Submitted, task: dict[str, Any]) -> RunningTask:
-        running = self.coordinator.start_task(*key, work, payload=task)
-        self._inflight[key] = running
-        running.gone.add_done_callback(lambda _: self._over(running))
-        return running
-
-    def _over(self, running: RunningTask) -> None:
+    def _over(self, running: RunningTask, _: object) -> None:
         if self._inflight.get(running.key) is running:
             del self._inflight[running.key]
 

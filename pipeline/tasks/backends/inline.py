@@ -25,7 +25,6 @@ class SyncTaskBackend(TaskBackend):
         super().__init__()
         self.coordinator = TaskCoordinator() if coordinator is None else coordinator
         self._inflight = 0
-        self._ready = False
 
     @property
     def hub(self) -> TaskCoordinator:
@@ -37,7 +36,6 @@ class SyncTaskBackend(TaskBackend):
 
     async def initialize(self) -> None:
         """Nothing has to be opened."""
-        self._ready = True
 
     async def submit(self, task: dict[str, Any]) -> TaskKey | None:
         """Do the task; its key, or None when it was dropped because there is no executor."""
@@ -45,7 +43,7 @@ class SyncTaskBackend(TaskBackend):
         executor = self._executor_for(key, ready=True)
         if executor is None:
             return None
-        running = self.coordinator.start_task(*key, Submitted(executor, task), payload=task)
+        running = self.coordinator.start_task(*key, Submitted(executor, dict(task)), payload=task)
         self._inflight += 1
         try:
             await running.wait()
@@ -59,4 +57,3 @@ class SyncTaskBackend(TaskBackend):
 
     async def shutdown(self) -> None:
         """Nothing is left to be done: what was submitted is over, or somebody still waits for it."""
-        self._ready = False
