@@ -1,4 +1,4 @@
-"""Snapshots with reasons, limits in time, asking a task to end, and programs that end with everything they have started.
+"""Snapshots with reasons, limits in time, and asking a task to end.
 
 The rule kept here: what a snapshot says is compared with a state that is held by an event.
 """
@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
-import textwrap
 import threading
 from dataclasses import FrozenInstanceError
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from helpers import LIMIT, Flag, alive, until
+from helpers import LIMIT, until
 from staging import Latch, nothing, run_body, submit
 
 from pipeline.scheduler import (
@@ -24,7 +20,6 @@ from pipeline.scheduler import (
     StagedPipeline,
     TerminatedError,
     raise_if_terminate_requested,
-    run_subprocess,
     terminate_requested,
 )
 
@@ -253,64 +248,3 @@ def test_a_task_that_raises_because_it_was_asked_is_counted_apart() -> None:
 
         submit(scheduler, body).result(LIMIT)
         assert scheduler.snapshot().totals["terminated tasks"] == scheduler.snapshot().totals["failed tasks"] == 1
-
-
-# --- programs
-
-FAMILY = """
-    import os, signal, sys, time
-    folder, stubborn = sys.argv[1], sys.argv[2]
-    if os.fork() == 0:  # the child
-        if stubborn == "child":
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        open(os.path.join(folder, "child"), "w").write(str(os.getpid()))
-    else:
-        if stubborn == "parent":
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        open(os.path.join(folder, "parent"), "w").write(str(os.getpid()))
-    while True:
-        time.sleep(10)
-"""
-
-
-def test_a_program_returns_its_exit_code() -> None:
-    assert run_subprocess([sys.executable, "-c", "raise SystemExit(3)"]) == 3
-
-    def body(pipeline: StagedPipeline) -> Any:
-        return pipeline.task(run_subprocess, args=([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"],)).run().result()
-
-    assert run_body(body) == -9
-
-
-@pytest.mark.parametrize("stubborn", ["nobody", "parent", "child"])
-def test_a_program_whose_task_is_asked_ends_with_its_whole_group(tmp_path: Path, stubborn: str) -> None:
-    script = tmp_path / "family.py"
-    script.write_text(textwrap.dedent(FAMILY))
-    command = [sys.executable, str(script), str(tmp_path), stubborn]
-
-    def body(pipeline: StagedPipeline) -> list[psutil.Process]:
-        grace = LIMIT if stubborn == "nobody" else 0.3
-        task = pipeline.task(run_subprocess, args=(command,), kwargs={"terminate_grace_seconds": grace}).run()
-        names = [tmp_path / "parent", tmp_path / "child"]
-        until(lambda: all(Flag(name).is_set() and name.read_text() for name in names))
-        family = [psutil.Process(int(name.read_text())) for name in names]
-        assert task.request_terminate()
-        error = task.exception()
-        assert isinstance(error, TerminatedError)
-        assert error.argv == tuple(command)
-        assert error.pid == family[0].pid
-        assert error.forced_kill is (stubborn != "nobody")
-        assert error.returncode == (-9 if stubborn == "parent" else -15)
-        return family
-
-    family = run_body(body)
-    until(lambda: not alive(family))
-
-
-def test_a_program_is_checked_before_it_starts() -> None:
-    with pytest.raises(ValueError, match="argv"):
-        run_subprocess([])
-    with pytest.raises(ValueError, match="terminate_grace_seconds"):
-        run_subprocess(["true"], terminate_grace_seconds=-1)
-    with pytest.raises(FileNotFoundError):
-        run_subprocess(["/no/such/program"])

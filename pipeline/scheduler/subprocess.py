@@ -30,34 +30,55 @@ def run_subprocess(
 
     When the task that calls this is asked to end, the program's process group gets SIGTERM and, if any of it is left
     after `terminate_grace_seconds` (None: however long it takes), SIGKILL; then `TerminatedError` is raised. The same
-    happens, without the error, when this call is interrupted. `options` are those of `subprocess.Popen`, such as
-    `cwd`, `env`, `stdout`; stdin is empty if they do not say otherwise. POSIX only. Ends are seen within 50 ms.
+    happens, without the error, when this call is interrupted; a second interruption ends the grace. A task that was asked
+    before starts no program. What leaves the group (a daemon, `setsid`) is not found, and what is still in it when the
+    program has ended by itself goes on. `options` are those of `subprocess.Popen`, such as `cwd`, `env`, `stdout`; stdin
+    is empty if they do not say otherwise. POSIX only. Ends are seen within 50 ms.
     """
-    command = tuple(os.fspath(part) for part in argv)
-    if not command:
-        raise ValueError("argv is a program and its arguments, and is empty")
-    if terminate_grace_seconds is not None and not terminate_grace_seconds >= 0:
-        raise ValueError(f"terminate_grace_seconds is a number of seconds, 0 or more, or None; not {terminate_grace_seconds!r}")
-    if not hasattr(os, "waitid"):
-        raise NotImplementedError("run_subprocess needs process groups, which this system does not have")
+    command = _check(argv, terminate_grace_seconds, options)
     context = working_on.get() or TaskContext(None)
+    if context.requested:
+        raise _terminated(command, context, "was not started")
     given: dict[str, Any] = {"stdin": subprocess.DEVNULL, **options, "start_new_session": True}
     program: subprocess.Popen[Any] = subprocess.Popen(command, **given)
     try:
         asked = _wait(program, context)
+    except ChildProcessError:  # its number may belong to anybody by now
+        raise RuntimeError(
+            f"{command[0]} has ended, and how is unknown, for somebody else has asked the system for it: this program "
+            "ignores SIGCHLD, or waits for all of its children with os.wait() or os.waitpid(-1)"
+        ) from None
     except BaseException:
         _end_group(program, terminate_grace_seconds)
         raise
     if not asked:
         return program.wait()
     forced = _end_group(program, terminate_grace_seconds)
-    raise TerminatedError(
-        f"{command[0]} was ended because its task was asked to end" + (f": {context.reason}" if context.reason else ""),
-        argv=command,
-        pid=program.pid,
-        returncode=program.returncode,
-        forced_kill=forced,
-    )
+    raise _terminated(command, context, "was ended", pid=program.pid, returncode=program.returncode, forced_kill=forced)
+
+
+def _check(argv: Any, grace: float | None, options: dict[str, Any]) -> tuple[str, ...]:
+    if isinstance(argv, (str, bytes)):
+        raise TypeError(f"argv is a program and its arguments, such as ['ls', '-l'], not the text {argv!r}")
+    command = tuple(os.fspath(part) for part in argv)
+    if not command:
+        raise ValueError("argv is a program and its arguments, and is empty")
+    if grace is not None and not grace >= 0:
+        raise ValueError(f"terminate_grace_seconds is a number of seconds, 0 or more, or None; not {grace!r}")
+    for stream in ("stdin", "stdout", "stderr"):
+        if options.get(stream) == subprocess.PIPE:
+            raise ValueError(f"{stream}=PIPE has nobody at its other end, and the program would wait for ever; give it a file")
+    for option in ("process_group", "start_new_session"):
+        if option in options:
+            raise ValueError(f"{option} is not an option here: the program always gets a session and a group of its own")
+    if not hasattr(os, "waitid"):
+        raise NotImplementedError("run_subprocess needs process groups, which this system does not have")
+    return command
+
+
+def _terminated(command: tuple[str, ...], context: TaskContext, what: str, **found: Any) -> TerminatedError:
+    why = f": {context.reason}" if context.reason else ""
+    return TerminatedError(f"{command[0]} {what} because its task was asked to end{why}", argv=command, **found)
 
 
 def _wait(program: subprocess.Popen[Any], context: TaskContext) -> bool:
@@ -78,16 +99,19 @@ def _ended(program: subprocess.Popen[Any]) -> bool:
 def _end_group(program: subprocess.Popen[Any], grace: float | None) -> bool:
     """End the whole group, gently, then for sure. True when it took force."""
     deadline = None if grace is None else time.monotonic() + grace
-    os.killpg(program.pid, signal.SIGTERM)
     pause = _FIRST_LOOK
-    while alive := _group_alive(program):
-        if deadline is not None and time.monotonic() >= deadline:
-            break
-        time.sleep(pause)
-        pause = min(2 * pause, _LAST_LOOK)
-    if alive:
+    alive = True
+    try:
+        os.killpg(program.pid, signal.SIGTERM)
+        os.killpg(program.pid, signal.SIGCONT)  # one that is stopped would sleep through it
+        while (alive := _group_alive(program)) and (deadline is None or time.monotonic() < deadline):
+            time.sleep(pause)
+            pause = min(2 * pause, _LAST_LOOK)
+    finally:
+        # Also when nobody was seen: one that forks and exits again and again is never where one looks. The system gives a
+        # signal to all of a group at once, so nobody slips through here.
         os.killpg(program.pid, signal.SIGKILL)
-    program.wait()  # it has ended, or was killed just now
+        program.wait()  # it has ended, or was killed just now
     return alive
 
 
