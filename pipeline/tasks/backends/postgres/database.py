@@ -1,0 +1,168 @@
+"""The connections to one database: where it is, a pool, and what to do while it is away.
+
+The rule kept here: no message and no log has the password, and nothing waits for a server longer than it says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias, TypeVar
+
+import psycopg
+import structlog
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import dict_row
+from psycopg_pool import AsyncConnectionPool
+
+__all__ = ["AWAY", "Backoff", "Connection", "Database", "check_dsn"]
+
+T = TypeVar("T")
+Connection: TypeAlias = psycopg.AsyncConnection[Any]
+"""`Any`: its rows are dicts."""
+
+AWAY = (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError)
+"""What is raised while the server cannot be reached, is starting, or has ended a connection."""
+_CHANNEL = "penstock"
+
+_log = structlog.get_logger("penstock")
+
+
+def check_dsn(dsn: object) -> str:
+    """A connection string as libpq takes it. Raises TypeError and ValueError, which do not repeat it."""
+    if not isinstance(dsn, str):
+        raise TypeError(f"a DSN is a text such as 'postgresql://user@host/database', not {type(dsn).__qualname__}")
+    try:
+        if not conninfo_to_dict(dsn):
+            raise ValueError
+    except (psycopg.ProgrammingError, ValueError):
+        raise ValueError(
+            "this DSN cannot be read (it is not repeated here, for it may have a password); "
+            "write 'postgresql://user:password@host:5432/database', or 'host=... dbname=... user=...'"
+        ) from None
+    return dsn
+
+
+def place_of(dsn: str) -> str:
+    """Where the database is, without the password."""
+    told = conninfo_to_dict(dsn)
+    host = told.get("host") or told.get("hostaddr") or "localhost"
+    return f"{told.get('dbname') or told.get('user') or 'the default database'} at {host}:{told.get('port') or 5432}"
+
+
+class Backoff:
+    """How long to wait for a server that is away: 0.05 s at first, then twice as long each time, up to 1 s."""
+
+    def __init__(self) -> None:
+        self._delay = 0.05
+
+    async def wait(self) -> None:
+        await asyncio.sleep(self._delay)
+        self._delay = min(1.0, 2 * self._delay)
+
+
+class Database:
+    """A pool of connections in autocommit mode, with rows as dicts.
+
+    `connect_timeout` is in seconds, and bounds every wait for a connection. Between `open` and `close`.
+    """
+
+    def __init__(self, dsn: str, *, name: str, connect_timeout: float, max_size: int) -> None:
+        self.place = place_of(dsn)
+        self._dsn = make_conninfo(
+            dsn,
+            application_name=name,
+            connect_timeout=max(1, round(connect_timeout)),
+            keepalives_idle=15,
+            keepalives_interval=5,
+            keepalives_count=3,
+        )
+        self._timeout = connect_timeout
+        self._deadline: float | None = None
+        self.pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+            self._dsn,
+            connection_class=psycopg.AsyncConnection[Any],
+            kwargs={"row_factory": dict_row},
+            configure=_configure,
+            check=_check,
+            min_size=1,
+            max_size=max_size,
+            timeout=connect_timeout,
+            reconnect_timeout=1.0,  # after that, whoever asks next tries again; the pool's own waits double without end
+            open=False,
+            name=name,
+        )
+
+    async def open(self) -> None:
+        """Reach the server. Raises ConnectionError, which says where it was looked for and what it said."""
+        try:
+            probe = await self.connect()
+        except AWAY as error:
+            raise ConnectionError(f"cannot reach PostgreSQL, {self.place}: {_in_one_line(error)}") from None
+        await probe.close()
+        await self.pool.open()
+
+    async def close(self) -> None:
+        await self.pool.close(timeout=self._timeout)
+
+    async def connect(self) -> Connection:
+        """A connection that is not of the pool, in autocommit mode; for its caller to close."""
+        async with asyncio.timeout(self._timeout):
+            return await psycopg.AsyncConnection[Any].connect(self._dsn, autocommit=True, row_factory=dict_row)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncGenerator[Connection]:
+        """A connection in a transaction, which is committed unless the block raises."""
+        async with self.pool.connection() as connection, connection.transaction():
+            yield connection
+
+    async def rows(self, query: Any, values: Any = ()) -> list[dict[str, Any]]:
+        """The result of one statement, in a transaction of its own. `Any`: psycopg's queries and values."""
+        async with self.pool.connection() as connection:
+            cursor = await connection.execute(query, values)
+            return await cursor.fetchall() if cursor.description else []
+
+    async def row(self, query: Any, values: Any = ()) -> dict[str, Any] | None:
+        """The first row of it, if there is one."""
+        rows = await self.rows(query, values)
+        return rows[0] if rows else None
+
+    def hurry(self, seconds: float | None) -> None:
+        """From now on `persist` gives up after so long; None: never."""
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+
+    async def persist(self, act: Callable[[], Awaitable[T]], away: tuple[type[Exception], ...] = AWAY) -> T:
+        """Do what may be done twice until the server has answered, however long it is away."""
+        backoff = Backoff()
+        told = False
+        while True:
+            try:
+                return await act()
+            except away as error:
+                if not is_away(error) or (self._deadline is not None and time.monotonic() > self._deadline):
+                    raise
+                if not told:
+                    _log.warning("the database is away; trying again", database=self.place, error=_in_one_line(error))
+                    told = True
+            await backoff.wait()
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether an error, or what is behind it, says that the server could not be reached."""
+    if isinstance(error, (psycopg.errors.UndefinedTable, psycopg.errors.QueryCanceled, psycopg.errors.DiskFull)):
+        return False
+    return isinstance(error, AWAY) or (error.__cause__ is not None and is_away(error.__cause__))
+
+
+async def _check(connection: Connection) -> None:
+    await AsyncConnectionPool.check_connection(connection)
+
+
+async def _configure(connection: Connection) -> None:
+    await connection.set_autocommit(True)
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or f"no answer in time ({type(error).__name__})"

@@ -1,0 +1,67 @@
+"""The one connection of a process on which the database calls.
+
+The rule kept here: whoever listens is told of every new connection, for what was said meanwhile is lost; then it looks for
+itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from ....observe.logs import get_logger
+from .database import AWAY, Backoff, Connection, Database
+
+__all__ = ["PRESENCE", "Listener"]
+
+PRESENCE = 0x70656E73
+"""The class of the advisory locks by which a process shows that it lives: its session ends with it, and so does the lock."""
+_IDLE = 10.0
+"""Seconds of silence after which the server is asked whether it is still there."""
+_ANSWER = 10.0
+"""Seconds that it has for this."""
+
+
+class Listener:
+    """`run()` it as a task. `heard` is called with every payload, `connected` after each connection."""
+
+    def __init__(
+        self, database: Database, presence: int, heard: Callable[[str], None], connected: Callable[[], None]
+    ) -> None:
+        self._database = database
+        self._presence = presence
+        self._heard = heard
+        self._connected = connected
+        self.ready = asyncio.Event()
+        """Whether it is connected, and present, at this moment."""
+
+    async def run(self) -> None:
+        backoff = Backoff()
+        while True:
+            try:
+                connection = await self._database.connect()
+                async with connection:
+                    await self._prepare(connection)
+                    backoff = Backoff()
+                    await self._listen(connection)
+            except AWAY as error:
+                get_logger().warning(
+                    "not connected to the database; trying again", database=self._database.place, error=str(error)
+                )
+            finally:
+                self.ready.clear()
+            await backoff.wait()
+
+    async def _prepare(self, connection: Connection) -> None:
+        # Shared, because the server may still take an earlier connection of ours for alive, which holds it, too.
+        await connection.execute("select pg_advisory_lock_shared(%s, %s)", (PRESENCE, self._presence))
+        await connection.execute("listen penstock")
+        self.ready.set()
+        self._connected()
+
+    async def _listen(self, connection: Connection) -> None:
+        while True:
+            async for notification in connection.notifies(timeout=_IDLE):
+                self._heard(notification.payload)
+            async with asyncio.timeout(_ANSWER):
+                await connection.execute("select 1")

@@ -1,0 +1,152 @@
+"""Finds tasks that nobody works on although they are not over, and has another worker go on with them.
+
+The rules kept here:
+
+- It is outside the queue, for the queue believes in workers that are dead. Any process may sweep, one at a time.
+- Nobody is asked whether he is alive. A killed worker's session ends, and with it the advisory lock that shows its
+  presence; a frozen one stops saying that it lives. Whoever was wrongly taken for dead has lost its fencing number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import psycopg
+
+from ....cancellation.reason import CancelReason
+from ....observe.logs import get_logger
+from .database import AWAY, Connection, Database
+from .listener import PRESENCE
+from .store import Lost, Store, as_json
+
+__all__ = ["Sweeper"]
+
+_LOCK = 0x70656E73_00000002
+_RECONNECT = 3.0
+"""Seconds that workers have to come back after a start of the server."""
+_TAKEN = 5.0
+"""Seconds in which a worker begins the job that it has taken."""
+_SURE = 0.2
+"""Seconds for which a worker has been gone when it is believed: its connection may only have been lost."""
+
+_FIND = f"""
+    with alive as materialized (
+        select objid::bigint as presence from pg_locks
+        where locktype = 'advisory' and classid = {PRESENCE} and objsubid = 2 and granted
+          and database = (select oid from pg_database where datname = current_database())
+    )
+    select t.id, t.run, t.attempt, t.state, t.worker, t.lost, t.max_attempts, t.app, t.name, t.key,
+        j.status::text as job, t.reasons <> '[]' as asked,
+        case when t.state = 'queued' then 'astray'
+             when greatest(t.beat, pg_postmaster_start_time()) < now() - make_interval(secs => %(heartbeat)s) then 'frozen'
+             else 'gone' end as why
+    from penstock_tasks t left join procrastinate_jobs j on j.id = t.job
+    where t.state in ('queued', 'running', 'cancelling') and case t.state
+        when 'queued' then coalesce(j.status::text, 'missing') <> 'todo' and not exists (
+            select from procrastinate_events e where e.job_id = j.id and j.status = 'doing' and e.type = 'started'
+            and e.at > now() - make_interval(secs => {_TAKEN}))
+        else greatest(t.beat, pg_postmaster_start_time()) < now() - make_interval(secs => %(heartbeat)s)
+            or (now() - pg_postmaster_start_time() > make_interval(secs => {_RECONNECT})
+                and not exists (select from alive where alive.presence = t.presence))
+        end
+    order by t.id limit 100 for update of t skip locked
+"""
+
+
+class Sweeper:
+    """`run()` it as a task. `interval` and `heartbeat` are in seconds."""
+
+    def __init__(self, database: Database, store: Store, *, interval: float, heartbeat: float) -> None:
+        self._database = database
+        self._store = store
+        self._interval = interval
+        self._heartbeat = heartbeat
+        self._suspects: dict[tuple[int, int, int], float] = {}
+        """Attempts whose worker seems to be gone, and since when."""
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self.sweep()
+            except AWAY:
+                self._suspects.clear()
+            except psycopg.Error as error:
+                get_logger().error("the sweep has failed; trying again", error=str(error))
+            await asyncio.sleep(min(self._interval, 1.5 * _SURE) if self._suspects else self._interval)
+
+    async def sweep(self) -> int:
+        """Look once; how many tasks were found and seen to. Nothing, when another process is at it."""
+        async with self._database.transaction() as connection:
+            cursor = await connection.execute("select pg_try_advisory_xact_lock(%s) as ours", (_LOCK,))
+            row = await cursor.fetchone()
+            if row is None or not row["ours"]:
+                return 0
+            cursor = await connection.execute(_FIND.encode(), {"heartbeat": self._heartbeat})
+            found = await cursor.fetchall()
+            sure = self._only_sure(found)
+            for lost in sure:
+                await self._see_to(connection, lost)
+        for lost in sure:
+            get_logger().warning(
+                "task recovered",
+                task="/".join((lost["app"], lost["name"], lost["key"])),
+                attempt=lost["attempt"],
+                why=lost["why"],
+                worker=lost["worker"],
+            )
+        return len(sure)
+
+    def _only_sure(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        now, before, self._suspects = time.monotonic(), self._suspects, {}
+        sure: list[dict[str, Any]] = []
+        for row in found:
+            attempt = row["id"], row["run"], row["attempt"]
+            since = before.get(attempt, now)
+            if row["why"] == "gone" and now - since < _SURE:
+                self._suspects[attempt] = since
+            else:
+                sure.append(row)
+        return sure
+
+    async def _see_to(self, connection: Connection, row: dict[str, Any]) -> None:
+        lost = Lost(row["id"], row["run"], row["attempt"], row["why"], row["worker"])
+        if row["state"] == "cancelling":
+            await _end_cancelled(connection, lost.task, "its worker was lost while it was stopping")
+        elif row["state"] == "queued":
+            if row["job"] == "cancelled":  # by other means than ours, so nobody has said why
+                reason = CancelReason(
+                    "its job was cancelled in the queue", code="job_cancelled", origin="procrastinate"
+                )
+                await connection.execute(
+                    "update penstock_tasks set reasons = reasons || %s::jsonb where id = %s and reasons = '[]'",
+                    (as_json([reason.to_dict()]), lost.task),
+                )
+                await _end_cancelled(connection, lost.task, None)
+            else:
+                event = {"message": "its job was lost; queued again", "code": "job_lost"}
+                await self._store.try_again(connection, lost, event=event)
+        elif row["lost"] + 1 >= row["max_attempts"]:
+            data = {
+                "message": f"{row['max_attempts']} workers were lost at this task, the last one {_how(lost)}; "
+                "see what it does to them, or raise max_attempts",
+                "type": "WorkerLostError",
+                "code": "worker_lost",
+            }
+            await connection.execute("select penstock_end(%s, 'error', %s::json, 'failed')", (lost.task, as_json(data)))
+        else:
+            event = {
+                "message": f"worker {_how(lost)}; another one goes on",
+                "code": "worker_lost",
+                "worker": lost.worker,
+            }
+            await self._store.try_again(connection, lost, lost=1, event=event)
+
+
+def _how(lost: Lost) -> str:
+    return f"{lost.worker} {'was not heard of in time' if lost.why == 'frozen' else 'has died'}"
+
+
+async def _end_cancelled(connection: Connection, task: int, note: str | None) -> None:
+    await connection.execute("select penstock_end_cancelled(%s, %s)", (task, note))
