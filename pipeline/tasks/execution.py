@@ -134,10 +134,10 @@ class Execution:
         return self._with_what_was_said(end)
 
     def end_of(self, error: BaseException | None) -> TaskEnd:
-        """How it ended, if `run()` did not get to say so: it was cancelled before its first step, or given up."""
+        """How it ended, if `run()` did not get to say so: it was cancelled before its first step, or given up (None)."""
         if error is not None and not isinstance(error, asyncio.CancelledError):
             return self._with_what_was_said(self._failed(error))
-        if not self._reasons:
+        if error is not None or not self._reasons:
             self._interrupted()
         return self._with_what_was_said(self._stopped(error=error))
 
@@ -298,10 +298,11 @@ def _raised(err: Err) -> BaseException:
 
 
 def _merged(report: Sequence[CancelReason], ours: Sequence[CancelReason]) -> list[CancelReason]:
-    """Those of the run, and those of ours that it has not heard; a cancellation through asyncio is told as ours."""
-    ours = list(ours)
+    """Those of the run, and those of ours that it has not heard. What asyncio brought to the run, it has from us."""
     merged: list[CancelReason] = []
     for reason in report:
+        if reason.code == "iter_closed":
+            continue
         if reason.code == "parent_cancelled" and any(one.code == _CODE for one in ours):
             reason = next(one for one in ours if one.code == _CODE)
         if not any(reason is one for one in merged):

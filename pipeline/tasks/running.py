@@ -136,7 +136,7 @@ class RunningTask:
             return
         self._stuck = True
         self._context.close()
-        end = self._execution.end_of(asyncio.CancelledError())
+        end = self._execution.end_of(None)
         message = f"{end.data['message']}; the work did not stop, and was left behind"
         self._finish(replace(end, data={**end.data, "message": message, "stuck": True}))
         self._gone.set_result(None)

@@ -68,6 +68,7 @@ class SignalledShutdown:
         self._fence = Fence()
         self._handle = TriggerHandle()
         self._tasks: list[asyncio.Task[None]] = []
+        self._leaving = False
         self.reasons: list[CancelReason] = []
         """The signals that have come."""
 
@@ -79,24 +80,25 @@ class SignalledShutdown:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        try:
-            await self._stopped()
-        finally:
-            self._handle.disarm()
-            swallowed = self._fence.__exit__(kind, error, trace)
-        for task in self._tasks:
-            task.result()  # raises what has kept it from shutting down
-        return swallowed
-
-    async def _stopped(self) -> None:
-        """Wait for a shutdown that is under way: the block may have ended by itself meanwhile."""
-        while any(not task.done() for task in self._tasks):
+        late: asyncio.CancelledError | None = None
+        self._leaving = True
+        while any(not task.done() for task in self._tasks):  # the block has ended by itself meanwhile
             try:
                 await asyncio.wait(self._tasks)
-            except asyncio.CancelledError:
+            except asyncio.CancelledError as interrupted:  # the fence's, at the very end, or somebody else's
+                late = interrupted
                 for task in self._tasks:
                     task.cancel()
-                raise
+        self._handle.disarm()
+        if late is not None:
+            kind, error, trace = type(late), late, late.__traceback__
+        swallowed = self._fence.__exit__(kind, error, trace)
+        if late is not None and not swallowed:
+            raise late
+        for task in self._tasks:
+            if not task.cancelled():
+                task.result()  # raises what has kept it from shutting down
+        return swallowed
 
     def _signalled(self, reason: CancelReason) -> None:
         timeout = 0.0 if self.reasons else self._timeout
@@ -109,4 +111,5 @@ class SignalledShutdown:
             if self.report is None or report.stuck:
                 self.report = report
         finally:
-            self._fence.cancel(reason)
+            if not self._leaving:
+                self._fence.cancel(reason)
