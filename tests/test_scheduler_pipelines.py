@@ -99,6 +99,18 @@ def test_only_a_staged_pipeline_can_be_submitted() -> None:
                 scheduler.run_pipeline(wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"name": 3}, TypeError), ({"priority": "high"}, ValueError), ({"priority": float("nan")}, ValueError), ({"priority": 0.5}, ValueError)],
+)
+def test_a_pipeline_that_is_submitted_with_wrong_options_is_not_submitted(options: dict[str, Any], error: type[Exception]) -> None:
+    pipeline = Body(lambda _: 1)
+    with Scheduler(resources={}) as scheduler:
+        with pytest.raises(error, match="name is|priority is"):
+            scheduler.run_pipeline(pipeline, **options)
+        assert scheduler.run_pipeline(pipeline).result(LIMIT) == 1
+
+
 def test_an_instance_is_submitted_once_whatever_became_of_it_and_wherever() -> None:
     pipeline = Body(lambda _: 1)
     with Scheduler(resources={}) as scheduler, Scheduler(resources={}) as other:

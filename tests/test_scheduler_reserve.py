@@ -119,6 +119,30 @@ async def test_what_can_never_be_is_refused_when_it_is_asked_for(scheduler: Sche
         scheduler.reserve(cpu=1, timeout=-1)
 
 
+@pytest.mark.parametrize(
+    ("given", "options", "error", "text"),
+    [
+        ([("cpu", 1)], {}, TypeError, "resources is a mapping"),
+        ("cpu", {"mem": 0.1}, TypeError, "resources is a mapping"),
+        ({"cpu": 1}, {"cpu": 2}, ValueError, "'cpu' is given twice"),
+        ({"cpu": 1}, {"priority": "high"}, ValueError, "priority is a whole number"),
+        ({"cpu": 1}, {"priority": float("nan")}, ValueError, "priority is a whole number"),
+        ({"cpu": 1}, {"stage": 0.5}, ValueError, "stage is a whole number"),
+        ({"cpu": 1}, {"name": 3}, TypeError, "name is a text"),
+    ],
+)
+def test_a_reservation_is_checked_when_it_is_asked_for(
+    scheduler: Scheduler, given: Any, options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        scheduler.reserve(given, **options)
+
+
+async def test_a_mapping_and_names_go_together(scheduler: Scheduler) -> None:
+    async with scheduler.reserve({"mem": 0.1}, cpu=1):
+        assert [row.in_use for row in scheduler.snapshot().resources] == [1, 0.1]
+
+
 async def test_a_reservation_is_for_one_block(scheduler: Scheduler) -> None:
     reservation = scheduler.reserve(cpu=1)
     async with reservation:

@@ -7,11 +7,11 @@ made: higher priority, later stage, earlier pipeline, earlier submission.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from .amounts import Needs
 
-__all__ = ["Claim", "ClaimState", "Group", "Key", "Owner"]
+__all__ = ["Claim", "ClaimState", "Group", "Key", "Owner", "check_name", "check_rank"]
 
 Key: TypeAlias = tuple[int, int, int, int]
 """Minus priority, minus stage, the pipeline's number, the claim's number. The smallest goes first."""
@@ -84,3 +84,15 @@ class Claim:
     @property
     def priority(self) -> int:
         return -self.key[0]
+
+
+def check_rank(**ranks: Any) -> None:
+    """What decides who goes first: whole numbers, for they are compared with those of everybody else."""
+    for option, rank in ranks.items():
+        if not isinstance(rank, int):
+            raise ValueError(f"{option} is a whole number, the higher goes first, and not {rank!r}")
+
+
+def check_name(name: Any) -> None:
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name is a text for people, or None, and not {name!r}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .alarms import Alarms
 from .amounts import as_capacity, as_needs, check_needs, read_needs
-from .claim import Claim, Group, Owner
+from .claim import Claim, Group, Owner, check_name, check_rank
 from .crew import Crew
 from .engine import Engine
 from .handles import PipelineHandle, State, TaskHandle
@@ -51,9 +51,10 @@ class Scheduler:
         pipeline_parallelism: int = 1,
         task_parallelism: int | None = None,
         fairness: int | None = None,
-        name: str = "scheduler",
+        name: str | None = None,
     ) -> None:
-        self.name = name
+        check_name(name)
+        self.name = name or "scheduler"
         self.pipeline_parallelism = _positive(pipeline_parallelism, "pipeline_parallelism")
         self.task_parallelism = _positive(1 if task_parallelism is None else task_parallelism, "task_parallelism")
         fair = None if fairness is None else _positive(fairness, "fairness")
@@ -85,6 +86,8 @@ class Scheduler:
         """
         if not isinstance(pipeline, StagedPipeline):
             raise TypeError(f"only an instance of a StagedPipeline can be run, not {pipeline!r}")
+        check_name(name)
+        check_rank(priority=priority)
         with self.turn:
             self._refuse_shut()
             self._coordinators.hire()
@@ -129,7 +132,9 @@ class Scheduler:
         seconds of waiting, then `TimeoutError`. Resources whose names are none go into a mapping. Every `async with`
         needs a reservation of its own.
         """
-        needs = as_needs({**(resources or {}), **amounts})
+        needs = as_needs(_merged(resources, amounts))
+        check_name(name)
+        check_rank(priority=priority, stage=stage)
         title = name or "a reservation"
         return Reservation(self, check_needs(needs, self.engine.capacity, title), title, priority, stage, timeout)
 
@@ -312,6 +317,16 @@ class Scheduler:
 _TASKS = [f"{state.name.lower()} tasks" for state in State]
 _PIPELINES = [f"{state.name.lower()} pipelines" for state in State]
 """By state: their place in the totals. Lists, for the hash of an enum is computed in Python."""
+
+
+def _merged(resources: Any, amounts: Mapping[str, Any]) -> Any:
+    """What is given by name, beside what a mapping has."""
+    if not amounts or not isinstance(resources, Mapping):
+        return amounts if resources is None else resources
+    both = resources.keys() & amounts.keys()
+    if both:
+        raise ValueError(f"the need of {', '.join(map(repr, sorted(both)))} is given twice, in the mapping and by name")
+    return {**resources, **amounts}
 
 
 def _positive(value: Any, option: str) -> int:
