@@ -51,10 +51,10 @@ class Scheduler:
         pipeline_parallelism: int = 1,
         task_parallelism: int | None = None,
         fairness: int | None = None,
-        name: str | None = None,
+        name: str = "scheduler",
     ) -> None:
         check_name(name)
-        self.name = name or "scheduler"
+        self.name = name
         self.pipeline_parallelism = _positive(pipeline_parallelism, "pipeline_parallelism")
         self.task_parallelism = _positive(1 if task_parallelism is None else task_parallelism, "task_parallelism")
         fair = None if fairness is None else _positive(fairness, "fairness")
