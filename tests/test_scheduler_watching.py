@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from contextlib import AsyncExitStack
 from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
-from helpers import LIMIT, until
+from helpers import LIMIT, eventually, until
 from staging import Latch, nothing, run_body, submit
 
 from pipeline.scheduler import (
@@ -104,6 +105,22 @@ def test_many_that_wait_are_counted_and_the_next_ones_described() -> None:
     assert snapshot.waiting == 50
     assert [row.name for row in snapshot.blocked] == ["p/0", "p/1", "p/2"]
     assert none == ()
+
+
+async def test_of_many_holders_the_largest_are_named_and_the_others_counted() -> None:
+    scheduler = Scheduler(resources={"cpu": 100})
+    async with AsyncExitStack() as held:
+        for number in range(1, 13):
+            await held.enter_async_context(scheduler.reserve(cpu=number, name=str(number)))
+        waiting = asyncio.create_task(held.enter_async_context(scheduler.reserve(cpu=30)))
+        await eventually(lambda: scheduler.snapshot().waiting)
+        (row,) = scheduler.snapshot().blocked
+        waiting.cancel()
+        await asyncio.wait([waiting])
+    assert row.reason == "needs 30 cpu, 22 free, held by 12 (12), 11 (11), 10 (10) and 9 more"
+    (short,) = row.shortages
+    assert short.holders == tuple((str(number), number) for number in range(12, 2, -1))
+    assert short.more == 2
 
 
 def test_with_fairness_the_one_that_was_passed_over_is_shown_first() -> None:

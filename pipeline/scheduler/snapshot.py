@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["PipelineRow", "ResourceRow", "SchedulerSnapshot", "ShortageRow", "WorkRow", "read_snapshot"]
 
+_HOLDERS = 10
+"""Holders that are named for each shortage: all of them, for each that waits, would be a product of two large numbers."""
+
 
 @dataclass(frozen=True, slots=True)
 class ResourceRow:
@@ -35,12 +38,16 @@ class ResourceRow:
 
 @dataclass(frozen=True, slots=True)
 class ShortageRow:
-    """What blocked work lacks: how much it needs of what, how much is free, and who holds how much of it."""
+    """What blocked work lacks: how much it needs of what, how much is free, and who holds how much of it.
+
+    `holders` are the ten that hold most of it; `more` counts the others.
+    """
 
     label: str
     needed: int | float
     free: int | float
     holders: tuple[tuple[str, int | float], ...]
+    more: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +171,8 @@ def _row(
 
 
 def _shortage(short: Shortage) -> ShortageRow:
-    holders = tuple([(name, plain(amount)) for name, amount in short.holders])
-    return ShortageRow(short.label, plain(short.needed), plain(short.free), holders)
+    holders = tuple([(name, plain(amount)) for name, amount in short.holders[:_HOLDERS]])
+    return ShortageRow(short.label, plain(short.needed), plain(short.free), holders, len(short.holders) - len(holders))
 
 
 def _pipeline(handle: PipelineHandle, now: float) -> PipelineRow:
