@@ -17,6 +17,6 @@ try:
 except ImportError as error:
     raise ImportError("tasks in PostgreSQL need an extra: pip install 'penstock[postgres]'") from error
 
-from .backend import PostgresTaskBackend  # noqa: E402
+from .backend import PostgresTaskBackend
 
 __all__ = ["PostgresTaskBackend"]

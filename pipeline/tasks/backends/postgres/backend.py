@@ -54,7 +54,7 @@ class PostgresTaskBackend(TaskBackend):
     `queue` is procrastinate's, and workers serve one. `retry` is for tasks that fail: a number of further attempts, or a
     `RetryStrategy` of procrastinate; without it a failure ends the task. Tasks that are over are forgotten after `keep`
     seconds (7 days; None: never) while there are workers. `cleanup` is how long, in seconds, work may take to stop when its
-    worker does. `items` and `progress_interval` are as in `TaskCoordinator`. `name` is what a worker is called.
+    worker does. `connect_timeout` is in seconds, too, whole ones from 2 on. `items` and `progress_interval` are as in `TaskCoordinator`. `name` is what a worker is called.
     """
 
     def __init__(
@@ -137,7 +137,9 @@ class PostgresTaskBackend(TaskBackend):
                 dsn = self._dsn if self._server is None else await self._server.start()
                 assert dsn is not None
                 try:
-                    self._open = await Opened.make(dsn, self.settings, self._heard, self._look)
+                    self._open = await Opened.make(
+                        dsn, self.settings, self._heard, self._look, self._server.start if self._server else None
+                    )
                 except BaseException:
                     if self._server is not None:
                         await self._server.leave()

@@ -6,7 +6,9 @@ The rule kept here: no message and no log has the password, and nothing waits fo
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias, TypeVar
@@ -17,7 +19,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
-__all__ = ["AWAY", "Backoff", "Connection", "Database", "check_dsn"]
+__all__ = ["AWAY", "Backoff", "Connection", "Database", "check_dsn", "in_one_line", "is_away"]
 
 T = TypeVar("T")
 Connection: TypeAlias = psycopg.AsyncConnection[Any]
@@ -66,7 +68,7 @@ class Backoff:
 class Database:
     """A pool of connections in autocommit mode, with rows as dicts.
 
-    `connect_timeout` is in seconds, and bounds every wait for a connection. Between `open` and `close`.
+    `connect_timeout` is in seconds, from 2 on, and bounds every wait for a connection. Between `open` and `close`.
     """
 
     def __init__(self, dsn: str, *, name: str, connect_timeout: float, max_size: int) -> None:
@@ -74,7 +76,7 @@ class Database:
         self._dsn = make_conninfo(
             dsn,
             application_name=name,
-            connect_timeout=max(1, round(connect_timeout)),
+            connect_timeout=max(2, math.ceil(connect_timeout)),  # libpq's least
             keepalives_idle=15,
             keepalives_interval=5,
             keepalives_count=3,
@@ -97,20 +99,38 @@ class Database:
 
     async def open(self) -> None:
         """Reach the server. Raises ConnectionError, which says where it was looked for and what it said."""
-        try:
-            probe = await self.connect()
-        except AWAY as error:
-            raise ConnectionError(f"cannot reach PostgreSQL, {self.place}: {_in_one_line(error)}") from None
-        await probe.close()
+        problem = await self._problem()
+        if problem is not None:  # raised here, for psycopg's errors keep the socket
+            raise ConnectionError(f"cannot reach PostgreSQL, {self.place}: {problem}")
         await self.pool.open()
+
+    async def _problem(self) -> str | None:
+        try:
+            await (await self.connect()).close()
+        except AWAY as error:
+            return in_one_line(error)
+        return None
 
     async def close(self) -> None:
         await self.pool.close(timeout=self._timeout)
 
     async def connect(self) -> Connection:
         """A connection that is not of the pool, in autocommit mode; for its caller to close."""
-        async with asyncio.timeout(self._timeout):
-            return await psycopg.AsyncConnection[Any].connect(self._dsn, autocommit=True, row_factory=dict_row)
+        connecting = asyncio.create_task(
+            psycopg.AsyncConnection[Any].connect(self._dsn, autocommit=True, row_factory=dict_row)
+        )
+        try:
+            return await asyncio.shield(connecting)
+        except asyncio.CancelledError:  # psycopg would leave the socket to the garbage collector
+            await asyncio.wait([connecting], timeout=1.0)
+            if not connecting.done():
+                connecting.cancel()
+            elif not connecting.cancelled() and connecting.exception() is None:
+                await connecting.result().close()
+            raise
+        except AWAY as error:  # so would a cycle of frames that ends here
+            traceback.clear_frames(error.__traceback__)
+            raise
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[Connection]:
@@ -144,7 +164,7 @@ class Database:
                 if not is_away(error) or (self._deadline is not None and time.monotonic() > self._deadline):
                     raise
                 if not told:
-                    _log.warning("the database is away; trying again", database=self.place, error=_in_one_line(error))
+                    _log.warning("the database is away; trying again", database=self.place, error=in_one_line(error))
                     told = True
             await backoff.wait()
 
@@ -164,5 +184,6 @@ async def _configure(connection: Connection) -> None:
     await connection.set_autocommit(True)
 
 
-def _in_one_line(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
+    """What an error says, for a line of a log."""
     return " ".join(str(error).split()) or f"no answer in time ({type(error).__name__})"

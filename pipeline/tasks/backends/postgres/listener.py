@@ -7,10 +7,10 @@ itself.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from ....observe.logs import get_logger
-from .database import AWAY, Backoff, Connection, Database
+from .database import AWAY, Backoff, Connection, Database, in_one_line
 
 __all__ = ["PRESENCE", "Listener"]
 
@@ -23,15 +23,22 @@ _ANSWER = 10.0
 
 
 class Listener:
-    """`run()` it as a task. `heard` is called with every payload, `connected` after each connection."""
+    """`run()` it as a task. `heard` is called with every payload, `connected` after each connection,
+    `revive` when there was none."""
 
     def __init__(
-        self, database: Database, presence: int, heard: Callable[[str], None], connected: Callable[[], None]
+        self,
+        database: Database,
+        presence: int,
+        heard: Callable[[str], None],
+        connected: Callable[[], None],
+        revive: Callable[[], Awaitable[object]] | None,
     ) -> None:
         self._database = database
         self._presence = presence
         self._heard = heard
         self._connected = connected
+        self._revive = revive
         self.ready = asyncio.Event()
         """Whether it is connected, and present, at this moment."""
 
@@ -46,11 +53,22 @@ class Listener:
                     await self._listen(connection)
             except AWAY as error:
                 get_logger().warning(
-                    "not connected to the database; trying again", database=self._database.place, error=str(error)
+                    "not connected to the database; trying again",
+                    database=self._database.place,
+                    error=in_one_line(error),
                 )
+                await self._start_again()
             finally:
                 self.ready.clear()
             await backoff.wait()
+
+    async def _start_again(self) -> None:
+        """A server of our own has nobody else to start it again after a crash."""
+        if self._revive is not None:
+            try:
+                await self._revive()
+            except (OSError, RuntimeError) as error:
+                get_logger().error("the embedded server does not start", error=str(error))
 
     async def _prepare(self, connection: Connection) -> None:
         # Shared, because the server may still take an earlier connection of ours for alive, which holds it, too.

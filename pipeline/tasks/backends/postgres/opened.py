@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ....observe.logs import get_logger
@@ -37,7 +37,14 @@ class Opened:
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
-    async def make(cls, dsn: str, settings: Settings, heard: Callable[[str], None], look: Callable[[], None]) -> Opened:
+    async def make(
+        cls,
+        dsn: str,
+        settings: Settings,
+        heard: Callable[[str], None],
+        look: Callable[[], None],
+        revive: Callable[[], Awaitable[object]] | None,
+    ) -> Opened:
         """Connect, make the tables, and begin to listen and to sweep."""
         database = Database(
             dsn, name=f"penstock {settings.name}", connect_timeout=settings.connect_timeout, max_size=settings.pool_size
@@ -52,10 +59,12 @@ class Opened:
             await database.close()
             raise
         opened = cls(database, queue, settings)
-        opened._listen(heard, look)
+        opened._listen(heard, look, revive)
         return opened
 
-    def _listen(self, heard: Callable[[str], None], look: Callable[[], None]) -> None:
+    def _listen(
+        self, heard: Callable[[str], None], look: Callable[[], None], revive: Callable[[], Awaitable[object]] | None
+    ) -> None:
         def hear(payload: str) -> None:
             self.mirrors.heard(payload)
             heard(payload)
@@ -64,7 +73,7 @@ class Opened:
             self.mirrors.look()
             look()
 
-        self.listener = Listener(self.database, self.presence, hear, connected)
+        self.listener = Listener(self.database, self.presence, hear, connected, revive)
         for name, run in (
             ("listener", self.listener.run),
             ("mirrors", self.mirrors.run),
