@@ -12,6 +12,7 @@ from typing import Any
 from helpers import LIMIT
 
 from pipeline.scheduler import PipelineHandle, Scheduler, StagedPipeline
+from pipeline.scheduler.claim import Claim, Group, Phase
 
 
 class Body(StagedPipeline):
@@ -39,6 +40,18 @@ class Latch:
 
     def wait_begun(self) -> None:
         assert self.began.wait(LIMIT)
+
+
+class Work(Claim):
+    """Work for an engine, without anything to it."""
+
+    title, group = "work", None  # type: ignore[assignment]
+
+    def __init__(self, group: Group, needs: Any, key: Any, threaded: bool = False) -> None:
+        self.group, self.needs, self.key, self.threaded, self.phase = group, needs, key, threaded, Phase.WAITING
+
+    def granted(self) -> None:
+        raise AssertionError("an engine tells nobody")
 
 
 def run_body(body: Callable[[StagedPipeline], Any], **options: Any) -> Any:

@@ -16,7 +16,7 @@ import pytest
 from helpers import LIMIT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from staging import nothing, run_body, submit
+from staging import Work, nothing, run_body, submit
 
 from pipeline.scheduler import Scheduler, StagedPipeline
 from pipeline.scheduler.amounts import as_capacity, as_needs, check_needs, exact, plain, words
@@ -109,7 +109,7 @@ def test_whatever_was_taken_and_given_back_in_any_order_leaves_exactly_what_was_
     engine, group = Engine(capacity, threads=1), Group(1, "g")
 
     def claim(number: int, amount: Any) -> Claim:
-        return Claim(_Owner(), group, check_needs(as_needs({"cpu": amount}), capacity, "it"), (0, 0, 1, number), False, 0.0)
+        return Work(group, check_needs(as_needs({"cpu": amount}), capacity, "it"), (0, 0, 1, number))
 
     claims = [claim(number, amount) for number, amount in enumerate(given_amounts)]
     assert all(engine.submit(each) for each in claims)
@@ -120,13 +120,6 @@ def test_whatever_was_taken_and_given_back_in_any_order_leaves_exactly_what_was_
     admitted = [engine.drop(each) and engine.admit() for each in claims]
     assert engine.free["cpu"] == 0
     assert admitted.count([everything]) == waits
-
-
-class _Owner:
-    kind, title, at_work = "task", "it", True
-
-    def granted(self) -> None:
-        raise AssertionError("an engine tells nobody")
 
 
 def test_after_thousands_of_small_tasks_there_is_room_for_one_that_needs_everything() -> None:

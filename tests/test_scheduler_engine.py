@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from staging import Body
+from staging import Body, Work
 
 from pipeline.scheduler import Scheduler
 from pipeline.scheduler.amounts import as_capacity, as_needs, check_needs, exact, plain
-from pipeline.scheduler.claim import Claim, ClaimState, Group
+from pipeline.scheduler.claim import Claim, Group, Phase
 from pipeline.scheduler.engine import Engine
 from pipeline.scheduler.handles import PipelineHandle, State, TaskHandle
 
@@ -57,16 +57,6 @@ def test_amounts_are_shown_as_they_were_given() -> None:
 
 
 # --- engine and model
-
-
-class Owner:
-    """Work without anything to it."""
-
-    def __init__(self, title: str, kind: str = "task") -> None:
-        self.title, self.kind, self.at_work = title, kind, True
-
-    def granted(self) -> None:
-        raise AssertionError("an engine tells nobody")
 
 
 class Model:
@@ -165,7 +155,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.count += 1
         key = (-priority, -stage, group, self.count)
         needs = check_needs(as_needs(wanted), self.capacity, "work")
-        claim = Claim(Owner(str(self.count)), self.groups[group], needs, key, threaded, 0.0)
+        claim = Work(self.groups[group], needs, key, threaded=threaded)
         self.claims[self.count] = claim
         at_once = [self.count] if self.engine.submit(claim) else []
         assert at_once + self._admitted() == self.model.submit((key, {label: Fraction(amount) for label, amount in needs}, int(threaded)))
@@ -217,14 +207,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _pipeline(self, number: int) -> Any:
         body = Body(lambda _: None)
         group = self.scheduler.new_group(f"p{number}")
-        body._submission = PipelineHandle(self.scheduler, self.scheduler.turn, body, group, 0.0)
+        body._submission = PipelineHandle(self.scheduler, body, group, 0.0)
         body._submission.thread = get_ident()
         return body
 
     @rule(who=st.integers(0, 1), cpu=st.sampled_from([0, 0.5, 1, 2]), mem=st.sampled_from([0, 0.1, 0.2, 0.3]))
     def submit(self, who: int, cpu: float, mem: float) -> None:
         handle = self.pipelines[who].task(lambda: None, resources={"cpu": cpu, "mem": mem}).run()
-        key = handle.claim.key
+        key = handle.key
         self.tasks[key[3]] = handle
         amounts = {"cpu": Fraction(cpu), "mem": Fraction(str(mem))}
         self._begin(self.model.submit((key, amounts, 1)))
@@ -240,12 +230,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         task = self.tasks.pop(number)
         self.began.remove(number)
         self.ready.remove(task)
-        with self.scheduler.turn:
+        with self.scheduler.turn.lock:
             assert task.begin()
-        task._function = (lambda: 1 / 0) if fails else (lambda: number)
+        task._task.fn = (lambda: 1 / 0) if fails else (lambda: number)
         assert not task.cancel()
         task.perform()
-        with self.scheduler.turn:
+        with self.scheduler.turn.lock:
             task.end()
         self.ended[State.FAILED if fails else State.SUCCEEDED] += 1
         assert (task.exception(0) is None) is not fails
@@ -265,7 +255,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _begin(self, admitted: list[int]) -> None:
         self.began += admitted
-        assert [task.claim.key[3] for task in self.ready] == self.began
+        assert [task.key[3] for task in self.ready] == self.began
 
     @invariant()
     def the_same(self) -> None:
@@ -296,7 +286,7 @@ def _engine(threads: int = 10**6, fairness: int | None = None, **capacity: Any) 
 def _claim(engine: Engine, group: Group, number: int, stage: int = 0, priority: int = 0, **needs: Any) -> Claim:
     key = (-priority, -stage, group.number, number)
     amounts = check_needs(as_needs(needs), engine.capacity, "work")
-    return Claim(Owner(f"{group.name}/{number}"), group, amounts, key, False, 0.0)
+    return Work(group, amounts, key)
 
 
 def test_a_higher_priority_goes_before_a_later_stage() -> None:
@@ -406,6 +396,6 @@ def test_what_was_withdrawn_does_not_stay_in_memory() -> None:
             claim = _claim(engine, group, number, cpu=1)
             engine.submit(claim)
             engine.drop(claim)
-            assert claim.state is ClaimState.OVER
+            assert claim.phase is Phase.OVER
         assert len(engine.queue._heap) < 200
         assert len(group.heap) < 200

@@ -208,7 +208,7 @@ def test_a_coroutine_that_is_thrown_away_gives_back_what_it_held_also_while_the_
         return coroutine
 
     coroutine = asyncio.run(begin())
-    with scheduler.turn:  # as when the collector runs in the middle of something
+    with scheduler.turn, scheduler.turn.lock:  # as when the collector runs in the middle of something
         del coroutine
         gc.collect()
         assert scheduler.engine.free["cpu"] == 0

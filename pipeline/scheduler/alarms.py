@@ -52,6 +52,14 @@ class Alarms:
         self._sweep_at = _FEW
         self.thread: threading.Thread | None = None
 
+    def hire(self) -> None:
+        """Make sure that there is a thread to watch; what keeps it from starting is raised."""
+        with self._changed:
+            if self.thread is None:
+                thread = threading.Thread(target=self._watch, name=self._name, daemon=True)
+                thread.start()
+                self.thread = thread
+
     def set(self, seconds: float, callback: Callable[[], None]) -> Alarm:
         """Call back in so many seconds, in another thread, which the callback must not hold up."""
         alarm = Alarm(callback)
@@ -61,10 +69,7 @@ class Alarms:
                 heapq.heapify(self._heap)
                 self._sweep_at = 2 * len(self._heap) + _FEW
             heapq.heappush(self._heap, (monotonic() + seconds, next(self._numbers), alarm))
-            if self.thread is None:
-                self.thread = threading.Thread(target=self._watch, name=self._name, daemon=True)
-                self.thread.start()
-            elif self._heap[0][2] is alarm:
+            if self._heap[0][2] is alarm:
                 self._changed.notify()
         return alarm
 

@@ -120,12 +120,10 @@ def check_needs(needs: Needs, capacity: Mapping[str, Amount], who: str) -> Needs
 
 def read_needs(resources: Mapping[str, Any], capacity: Mapping[str, Amount], task: str | None) -> Needs:
     """Both at once, for a task: quick where all is as it should be, and careful where it is not."""
-    needs: list[tuple[str, Amount]] = []
     for label, amount in resources.items():
         if type(amount) is not int or not 0 < amount <= capacity.get(label, 0):
             return check_needs(as_needs(resources), capacity, f"the task {task!r}" if task else "the task")
-        needs.append((label, amount))
-    return tuple(needs)
+    return tuple(resources.items())
 
 
 def plain(amount: Amount) -> int | float:

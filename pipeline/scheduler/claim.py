@@ -7,43 +7,22 @@ made: higher priority, later stage, earlier pipeline, earlier submission.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from .amounts import Needs
 
-__all__ = ["Claim", "ClaimState", "Group", "Key", "Owner", "check_name", "check_rank"]
+__all__ = ["Claim", "Group", "Key", "Phase", "check_name", "check_rank"]
 
 Key: TypeAlias = tuple[int, int, int, int]
 """Minus priority, minus stage, the pipeline's number, the claim's number. The smallest goes first."""
 
 
-class ClaimState(IntEnum):
+class Phase(IntEnum):
     """`WAITING` in the queue, `HELD`: its resources are its own, `OVER`: given back, or withdrawn while it waited."""
 
     WAITING = 0
     HELD = 1
     OVER = 2
-
-
-class Owner(Protocol):
-    """Whoever a claim was made for."""
-
-    kind: str
-    """"task", "reservation" or "item"."""
-
-    @property
-    def title(self) -> str:
-        """What people call it."""
-        ...
-
-    @property
-    def at_work(self) -> bool:
-        """Whether the work itself has begun."""
-        ...
-
-    def granted(self) -> None:
-        """Its resources are its own. Called while the scheduler is locked, from any thread; must not wait."""
-        ...
 
 
 class Group:
@@ -62,20 +41,38 @@ class Group:
 
 
 class Claim:
-    """What one piece of work needs, and how far it has come."""
+    """What one piece of work needs, and how far it has come. The work itself is a kind of it: there is one for each."""
 
-    __slots__ = ("at", "group", "key", "needs", "owner", "state", "threaded")
+    __slots__ = ()
 
-    def __init__(self, owner: Owner, group: Group, needs: Needs, key: Key, threaded: bool, at: float) -> None:
-        self.owner = owner
-        self.group = group
-        self.needs = needs
-        self.key = key
-        self.threaded = threaded
-        """It also needs one of the scheduler's own threads."""
-        self.state = ClaimState.WAITING
-        self.at = at
-        """When it came into this state, by `time.monotonic()`."""
+    kind: str
+    """"task", "reservation" or "item"."""
+    needs: Needs
+    key: Key
+    threaded = False
+    """It also needs one of the scheduler's own threads."""
+    phase: Phase
+    at: float
+    """When it came into this phase, by `time.monotonic()`."""
+
+    @property
+    def group(self) -> Group:
+        """What it belongs to."""
+        raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        raise NotImplementedError
+
+    @property
+    def at_work(self) -> bool:
+        """Whether the work itself has begun."""
+        raise NotImplementedError
+
+    def granted(self) -> None:
+        """Its resources are its own. Called while the scheduler is locked, from any thread; must not wait."""
+        raise NotImplementedError
 
     @property
     def stage(self) -> int:

@@ -15,27 +15,16 @@ from .errors import TerminatedError
 __all__ = ["TaskContext", "raise_if_terminate_requested", "terminate_requested", "working_on"]
 
 
-class Titled(Protocol):
-    """Something with a name."""
-
-    @property
-    def title(self) -> str: ...
-
-
 class TaskContext:
-    """One running task."""
+    """How one running task is asked to end, and hears of it."""
 
-    __slots__ = ("_bell", "_owner", "_requested", "reason")
+    __slots__ = ("_bell", "_requested", "reason", "title")
 
-    def __init__(self, owner: Titled | None) -> None:
-        self._owner = owner
+    def __init__(self, title: str) -> None:
+        self.title = title
         self.reason: str | None = None
         self._requested = False
         self._bell: threading.Event | None = None
-
-    @property
-    def title(self) -> str:
-        return "" if self._owner is None else self._owner.title
 
     @property
     def requested(self) -> bool:
@@ -58,17 +47,27 @@ class TaskContext:
         return self._bell.wait(seconds)
 
 
-working_on: ContextVar[TaskContext | None] = ContextVar("working_on", default=None)
+class Work(Protocol):
+    """A running task. Most are never asked, and have no context before somebody wants it."""
+
+    @property
+    def asked(self) -> bool: ...
+
+    def context(self) -> TaskContext: ...
+
+
+working_on: ContextVar[Work | None] = ContextVar("working_on", default=None)
 
 
 def terminate_requested() -> bool:
     """Whether the task that calls this has been asked to end. False outside of tasks. Costs about 100 ns."""
-    context = working_on.get()
-    return context is not None and context.requested
+    work = working_on.get()
+    return work is not None and work.asked
 
 
 def raise_if_terminate_requested() -> None:
     """End the task that calls this, with `TerminatedError`, if it has been asked to."""
-    context = working_on.get()
-    if context is not None and context.requested:
+    work = working_on.get()
+    if work is not None and work.asked:
+        context = work.context()
         raise TerminatedError(f"the task {context.title} was asked to end" + (f": {context.reason}" if context.reason else ""))

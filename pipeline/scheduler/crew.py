@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from functools import partial
 from typing import Protocol
 
 from pipeline.observe.logs import get_logger
@@ -33,6 +34,21 @@ class CrewJob(Protocol):
         ...
 
 
+class _Seat:
+    """One thread's place in a crew."""
+
+    __slots__ = ("bell", "called", "gone", "job")
+
+    def __init__(self) -> None:
+        self.bell = threading.Lock()
+        self.bell.acquire()
+        self.called = True
+        """It is on its way: just started, or rung for."""
+        self.job: CrewJob | None = None
+        """Given to it while it waited."""
+        self.gone = False
+
+
 class Crew:
     """Up to `size` threads, called `name` and a number."""
 
@@ -41,8 +57,8 @@ class Crew:
         self._size = size
         self._turn = turn
         self._jobs: deque[CrewJob] = deque()
-        self._idle: list[threading.Lock] = []
-        """The bells of those that wait; the one that has worked last is called first."""
+        self._idle: list[_Seat] = []
+        """Those that wait; the one that has worked last is called first."""
         self._called = 0
         """Threads that have been called or started and have not come yet."""
         self._here = False
@@ -67,18 +83,22 @@ class Crew:
         """There will be no more jobs: let everybody go."""
         self._dismissed = True
         while self._idle:
-            self._called += 1
-            self._idle.pop().release()
+            self._ring()
 
     def _call(self) -> None:
         if self._idle:
-            self._called += 1
-            self._idle.pop().release()
+            self._ring()
         elif len(self.threads) < self._size:
             try:
                 self._start()
             except RuntimeError as error:  # the system has no more threads: those that are there will do it
                 get_logger().warning("a scheduler's thread could not be started", name=self._name, error=str(error))
+
+    def _ring(self) -> None:
+        seat = self._idle.pop()
+        seat.called = True
+        self._called += 1
+        self._turn.ring(seat.bell)
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self.threads)}", daemon=True)
@@ -86,42 +106,59 @@ class Crew:
         self.threads.append(thread)
         self._called += 1
 
+    def _next(self, seat: _Seat, done: CrewJob | None) -> CrewJob | None:
+        """A thread comes, perhaps with a job that it has done: what it does next, or None, and it is to wait."""
+        jobs = self._jobs
+        if seat.called:
+            seat.called = False
+            self._called -= 1
+        if done is not None:
+            self._here = True
+            done.end()
+            self._here = False
+        while jobs:
+            job = jobs.popleft()
+            if job.begin():
+                if jobs and not self._called:
+                    self._call()
+                return job
+        if self._dismissed:
+            seat.gone = True
+            self._turn.ring(seat.bell)
+        else:
+            self._idle.append(seat)
+        return None
+
+    def _serve(self, seat: _Seat, done: CrewJob | None) -> None:
+        """The same, by somebody else: the thread waits at its bell."""
+        seat.job = self._next(seat, done)
+        if seat.job is not None:
+            self._turn.ring(seat.bell)
+        self._turn.drop(done)
+
     # --- one thread
 
     def _work(self) -> None:
-        turn, jobs = self._turn, self._jobs
-        lock, left = turn.lock, turn.left
-        bell = threading.Lock()
-        bell.acquire()
+        turn, seat = self._turn, _Seat()
+        # Nothing is raised into these threads, so the lock may be taken by hand, and only if it is free.
+        take, release = turn.lock.acquire, turn.lock.release
         job: CrewJob | None = None
-        called = True
-        while True:
-            with lock:
-                if called:
-                    self._called -= 1
-                    called = False
-                if job is not None:
-                    self._here = True
-                    job.end()
-                    self._here = False
-                    job = None
-                while jobs and job is None:
-                    job = jobs.popleft()
-                    if not job.begin():
-                        job = None
-                if job is not None:
-                    if jobs and not self._called:
-                        self._call()
-                elif self._dismissed:
-                    break
-                else:
-                    self._idle.append(bell)
-            if left:
-                turn.catch_up()
+        while not seat.gone:
+            if take(False):
+                try:
+                    if turn.left:
+                        turn.clear()  # what was left earlier is earlier
+                    following = self._next(seat, job)
+                finally:
+                    release()
+                job = following
+                if turn.left or turn.after:
+                    turn.catch_up()
+            else:
+                turn.leave(partial(self._serve, seat, job))
+                job = following = None
+            if job is None:
+                seat.bell.acquire()  # bounded by the scheduler's close, and the thread is a daemon
+                job, seat.job = seat.job, None
             if job is not None:
                 job.perform()
-            else:
-                bell.acquire()  # bounded by the scheduler's close, and the thread is a daemon
-                called = True
-        if left:
-            turn.catch_up()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from .amounts import Amount, words
-from .claim import Claim, ClaimState
+from .claim import Claim, Phase
 from .queue import WaitingQueue
 
 __all__ = ["Engine", "Holders", "Shortage", "reason", "shortages"]
@@ -20,7 +20,7 @@ Holders: TypeAlias = Mapping[str, tuple[tuple[str, Amount], ...]]
 """By label: names and amounts, the largest first."""
 _HOLDERS = 3
 """Holders that a reason names, for each resource."""
-_WAITING, _HELD, _OVER = ClaimState.WAITING, ClaimState.HELD, ClaimState.OVER
+_WAITING, _HELD, _OVER = Phase.WAITING, Phase.HELD, Phase.OVER
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,12 @@ class Engine:
         """
         queue = self.queue
         if not queue.live:
-            if self._fits(claim):
-                self._take(claim)
+            if self._take(claim):
                 return True
             queue.push(claim)
             return False
         queue.push(claim)
-        if queue.head() is claim and self._fits(claim):
-            self._take(claim)
+        if queue.head() is claim and self._take(claim):
             queue.admitted(claim)
             return True
         return False
@@ -79,46 +77,44 @@ class Engine:
     def admit(self) -> list[Claim]:
         """Those whose turn it is and for whom there is enough; they hold from now on."""
         admitted: list[Claim] = []
-        while (head := self.queue.head()) is not None and self._fits(head):
-            self._take(head)
-            self.queue.admitted(head)
+        queue = self.queue
+        while (head := queue.head()) is not None and self._take(head):
+            queue.admitted(head)
             admitted.append(head)
         return admitted
 
     def drop(self, claim: Claim) -> bool:
         """A claim is over, whether it waits or holds: what it held is free again. False when it was over already."""
-        if claim.state is _HELD:
+        if claim.phase is _HELD:
             free = self.free
             for label, amount in claim.needs:
                 free[label] += amount
             if claim.threaded:
                 self.free_threads += 1
             del self.holding[claim]
-            claim.state = _OVER
+            claim.phase = _OVER
             return True
-        if claim.state is _WAITING:
-            claim.state = _OVER
+        if claim.phase is _WAITING:
+            claim.phase = _OVER
             self.queue.withdrawn(claim)
             return True
         return False
 
-    def _fits(self, claim: Claim) -> bool:
-        if claim.threaded and not self.free_threads:
+    def _take(self, claim: Claim) -> bool:
+        """Let it have what it needs, if there is enough."""
+        threaded, free, needs = claim.threaded, self.free, claim.needs
+        if threaded and not self.free_threads:
             return False
-        free = self.free
-        for label, amount in claim.needs:  # noqa: SIM110 - a generator would cost more than the rest of an admission
+        for label, amount in needs:
             if amount > free[label]:
                 return False
-        return True
-
-    def _take(self, claim: Claim) -> None:
-        free = self.free
-        for label, amount in claim.needs:
+        for label, amount in needs:
             free[label] -= amount
-        if claim.threaded:
+        if threaded:
             self.free_threads -= 1
-        claim.state = _HELD
+        claim.phase = _HELD
         self.holding[claim] = None
+        return True
 
     # --- why
 
@@ -131,7 +127,7 @@ class Engine:
         found: dict[str, list[tuple[str, Amount]]] = {}
         for claim in self.holding:
             for label, amount in claim.needs:
-                found.setdefault(label, []).append((claim.owner.title, amount))
+                found.setdefault(label, []).append((claim.title, amount))
         return {label: tuple(sorted(holders, key=_by_amount)) for label, holders in found.items()}
 
     @property
@@ -151,7 +147,7 @@ def reason(lacks: tuple[Shortage, ...], claim: Claim, head: Claim | None, thread
     if claim.threaded and threads_taken:
         reasons.append(f"needs a worker thread, all {threads_taken} are taken")
     if head is not None and head is not claim:
-        reasons.append(f"behind {head.owner.title}, which goes first")
+        reasons.append(f"behind {head.title}, which goes first")
     return "; ".join(reasons)
 
 

@@ -6,21 +6,24 @@ sees that it is done may read the rest without the lock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import IntEnum
 from functools import partial
 from threading import get_ident
+from time import monotonic
+from types import FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .claim import Claim, Group
+from .claim import Claim, Group, Phase
 from .context import TaskContext, working_on
 from .errors import CancelledError, TerminatedError
 from .waiting import Waiter, check_timeout
 
 if TYPE_CHECKING:
     from .alarms import Alarm
+    from .amounts import Needs
     from .scheduler import Scheduler
-    from .staged import StagedPipeline
+    from .staged import StagedPipeline, TaskBuilder
     from .turn import Turn
 
 __all__ = ["Handle", "PipelineHandle", "State", "TaskHandle"]
@@ -40,45 +43,47 @@ class State(IntEnum):
 
 _QUEUED, _READY, _RUNNING = State.QUEUED, State.READY, State.RUNNING
 _SUCCEEDED, _FAILED, _CANCELLED = State.SUCCEEDED, State.FAILED, State.CANCELLED
+_WAITING = Phase.WAITING
 
 
 class Handle:
     """What tasks and pipelines have in common: they end, and somebody waits for that."""
 
-    __slots__ = ("_error", "_scheduler", "_state", "_value", "_waiters", "turn")
+    __slots__ = ("__weakref__", "_error", "_trace", "_value", "_waiters", "owner", "state")
     _what = "work"
-
-    def __init__(self, scheduler: Scheduler, turn: Turn) -> None:
-        self._scheduler = scheduler
-        self.turn = turn
-        self._state: State = _QUEUED
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self._waiters: list[Waiter] | None = None
+    owner: Any
+    """With whom it may be waited for: the handle of a task's pipeline, the scheduler of a pipeline."""
+    state: State
+    _value: Any
+    _error: BaseException | None
+    _trace: TracebackType | None
+    """Of the error, as it was raised. Set with it."""
+    _waiters: list[Waiter] | None
 
     def done(self) -> bool:
         """Whether it has ended: with a result, with an exception, or cancelled."""
-        return self._state >= _SUCCEEDED
+        return self.state >= _SUCCEEDED
 
     def running(self) -> bool:
         """Whether its function is being executed at this moment."""
-        return self._state is _RUNNING
+        return self.state is _RUNNING
 
     def cancelled(self) -> bool:
         """Whether it was cancelled before it started."""
-        return self._state is _CANCELLED
+        return self.state is _CANCELLED
 
     @property
     def failed(self) -> bool:
-        return self._state is _FAILED
+        return self.state is _FAILED
 
     def result(self, timeout: float | None = None) -> Any:
         """What the function has returned; waits for it, `timeout` seconds at most (0: not at all).
 
         Raises what the function has raised, `CancelledError` when it never started, and `TimeoutError`.
         """
-        self._wait(timeout)
-        if self._state is _SUCCEEDED:
+        if timeout is not None or self.state < _SUCCEEDED:
+            self._wait(timeout)
+        if self.state is _SUCCEEDED:
             return self._value
         try:
             raise self._end_error()
@@ -90,39 +95,44 @@ class Handle:
 
         Raises `CancelledError` when it never started, and `TimeoutError`.
         """
-        self._wait(timeout)
-        if self._state is _CANCELLED:
+        if timeout is not None or self.state < _SUCCEEDED:
+            self._wait(timeout)
+        if self.state is _CANCELLED:
             raise self._end_error()
         return self._error
 
     def _end_error(self) -> BaseException:
         if self._error is not None:
-            return self._error
+            return self._error.with_traceback(self._trace)  # without what earlier calls of `result` have added
         return CancelledError(f"the {self._what} {self.title} was cancelled before it started")
 
     @property
     def title(self) -> str:
         raise NotImplementedError
 
+    @property
+    def turn(self) -> Turn:
+        raise NotImplementedError
+
     # --- waiting
 
     def _wait(self, timeout: float | None) -> None:
         check_timeout(timeout)
-        if self._state >= _SUCCEEDED:
+        if self.state >= _SUCCEEDED:
             return
         if timeout != 0:
-            waiter = Waiter(1)
-            with self.turn:
-                if self._state >= _SUCCEEDED:
+            turn, waiter = self.turn, Waiter(1)
+            with turn, turn.lock:
+                if self.state >= _SUCCEEDED:
                     return
                 self.watch(waiter)
             try:
                 waiter.wait(timeout)
             finally:
-                if self._state < _SUCCEEDED:
-                    with self.turn:
+                if self.state < _SUCCEEDED:
+                    with turn, turn.lock:
                         self.unwatch(waiter)
-        if self._state < _SUCCEEDED:
+        if self.state < _SUCCEEDED:
             raise TimeoutError(f"the {self._what} {self.title} has not ended within {timeout:g} s; it goes on")
 
     def watch(self, waiter: Waiter) -> None:
@@ -138,60 +148,66 @@ class Handle:
 
     def _finish(self, state: State) -> None:
         """It is over. While the scheduler is locked."""
-        self._state = state
+        self.state = state
         if self._waiters is not None:
             waiters, self._waiters = self._waiters, None
             for waiter in waiters:
-                waiter.tell(failed=state is _FAILED)
+                if waiter.told(failed=state is _FAILED):
+                    self.turn.ring(waiter.bell)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.title}: {self._state.name.lower()}>"
+        return f"<{type(self).__name__} {self.title}: {self.state.name.lower()}>"
 
 
-class TaskHandle(Handle):
+class TaskHandle(Handle, Claim):
     """A task that was submitted. Made by `StagedPipeline.task(...).run()`."""
 
-    __slots__ = ("_alarm", "_args", "_function", "_kwargs", "_timeout", "claim", "context", "label", "submission")
+    __slots__ = ("_alarm", "_context", "_task", "at", "key", "label", "needs", "phase")
     _what = "task"
     kind = "task"
+    threaded = True
+    owner: PipelineHandle
 
-    def __init__(
-        self,
-        submission: PipelineHandle,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any] | None,
-        label: str | None,
-        timeout: float | None,
-    ) -> None:
-        Handle.__init__(self, submission._scheduler, submission.turn)
-        self.submission = submission
-        self.label = label
-        self._function: Callable[..., Any] | None = function
-        self._args = args
-        self._kwargs = kwargs
-        self._timeout = timeout
-        self._alarm: Alarm | None = None
-        self.claim: Claim = None  # type: ignore[assignment]  # its maker's next step
-        self.context: TaskContext | None = None
+    def __init__(self, submission: PipelineHandle, task: TaskBuilder, needs: Needs, number: int) -> None:
+        group = submission.group
+        self.owner = submission
+        self.state = _QUEUED
+        self._value = self._error = self._waiters = self._alarm = self._context = None
+        self._task: TaskBuilder | None = task
+        self._alarm: Alarm | None
+        self._context: TaskContext | None
+        function = task.fn
+        self.label = task.name or (function.__name__ if type(function) is FunctionType else _name_of(function))
+        self.needs = needs
+        self.key = (-group.priority - task.priority, -submission.stage, group.number, number)
+        self.phase = _WAITING
+        self.at = monotonic()
+
+    @property
+    def group(self) -> Group:
+        return self.owner.group
 
     @property
     def title(self) -> str:
-        name = self.label or getattr(self._function, "__name__", None) or f"task-{self.claim.key[3]}"
-        return f"{self.submission.title}/{name}"
+        return f"{self.owner.title}/{self.label or f'task-{self.key[3]}'}"
+
+    @property
+    def turn(self) -> Turn:
+        return self.owner.owner.turn
 
     @property
     def at_work(self) -> bool:
-        return self._state is _RUNNING
+        return self.state is _RUNNING
 
     def cancel(self) -> bool:
         """Cancel it if it has not started. True when this call has done that."""
-        kept = self._function, self._args, self._kwargs
-        with self.turn:
-            if self._state > _READY:
+        kept, turn = self._task, self.turn
+        with turn, turn.lock:
+            turn.clear()  # it may be in there, about to be submitted
+            if self.state > _READY:
                 return False
             self._close(_CANCELLED)
-        del kept  # what goes with them may do anything, so not while the scheduler is locked
+        del kept  # what goes with it may do anything, so not while the scheduler is locked
         return True
 
     def request_terminate(self, reason: str | None = None) -> bool:
@@ -201,125 +217,141 @@ class TaskHandle(Handle):
         """
         if self.cancel():
             return True
-        context = self.context
-        if context is None:
+        context = self.context()
+        if self.state is not _RUNNING:
             return False
         context.request(reason)
         return True
 
+    # --- what a task knows of itself while it runs: most never ask
+
+    @property
+    def asked(self) -> bool:
+        """Whether it is to end."""
+        return self._context is not None and self._context.requested
+
+    def context(self) -> TaskContext:
+        """How it is asked to end."""
+        if self._context is None:
+            turn = self.turn
+            with turn, turn.lock:
+                if self._context is None:
+                    self._context = TaskContext(self.title)
+        return self._context
+
     # --- what its crew does
 
     def granted(self) -> None:
-        self._state = _READY
-        self._scheduler.workers.put(self)
+        self.state = _READY
+        self.owner.owner.workers.put(self)
 
     def begin(self) -> bool:
-        if self._state is not _READY:
+        if self.state is not _READY:
             return False
-        self._state = _RUNNING
-        self.context = TaskContext(self)
+        self.state = _RUNNING
         if self._alarm is not None:
             self._disarm()
-        if self._timeout is not None:
-            self._alarm = self._scheduler.alarms.set(self._timeout, self._timed_out)
+        assert self._task is not None
+        seconds = self._task.timeout
+        if seconds is not None:
+            self._alarm = self.owner.owner.alarms.set(seconds, partial(self._timed_out, seconds))
         return True
 
     def perform(self) -> None:
-        function, kwargs = self._function, self._kwargs
-        assert function is not None
-        assert self.context is not None
-        token = working_on.set(self.context)
+        task = self._task
+        assert task is not None
+        token = working_on.set(self)
         try:
-            self._value = function(*self._args, **kwargs) if kwargs else function(*self._args)
+            kwargs = task.kwargs
+            self._value = task.fn(*task.args, **kwargs) if kwargs else task.fn(*task.args)
         except BaseException as error:  # whatever it is, it belongs to whoever asks for the result
-            self._error = error
+            self._failed(error)
         finally:
             working_on.reset(token)
-            self._let_go()
+            self._task = None
+            task = self = None  # a traceback would keep them
 
     def end(self) -> None:
-        if isinstance(self._error, TerminatedError):
-            self._scheduler.totals["terminated tasks"] += 1
-        self._close(_FAILED if self._error is not None else _SUCCEEDED)
+        if self._alarm is not None:
+            self._disarm()
+        error = self._error
+        if error is None:
+            state = _SUCCEEDED
+        else:
+            state = _FAILED
+            if isinstance(error, TerminatedError):
+                self.owner.owner.totals["terminated tasks"] += 1
+        if self._waiters is None:
+            self.state = state
+        else:
+            self._finish(state)
+        self.owner.owner.task_ended(self, state)
 
     # --- its end
 
-    def expiry(self, seconds: float) -> Callable[[], None]:
-        """To be called when it should have started."""
-        return partial(self._expire, seconds)
+    def expire_within(self, seconds: float) -> None:
+        """It is to have started by then. While the scheduler is locked."""
+        self._alarm = self.owner.owner.alarms.set(seconds, partial(self._expire, seconds))
 
     def _expire(self, seconds: float) -> None:
-        with self.turn:
-            if self._state is _QUEUED:
-                why = self._scheduler.why(self.claim)
-                self._error = TimeoutError(f"the task {self.title} could not start within {seconds:g} s: {why}")
+        kept, turn = self._task, self.turn
+        with turn, turn.lock:
+            if self.state is _QUEUED:
+                why = self.owner.owner.why(self)
+                self._failed(TimeoutError(f"the task {self.title} could not start within {seconds:g} s: {why}"))
                 self._close(_FAILED)
+        del kept  # as in `cancel`
 
-    def arm(self, alarm: Alarm) -> None:
-        self._alarm = alarm
-
-    def _timed_out(self) -> None:
-        self.request_terminate(f"timed out after {self._timeout:g} s")
+    def _timed_out(self, seconds: float) -> None:
+        self.request_terminate(f"timed out after {seconds:g} s")
 
     def _disarm(self) -> None:
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
 
-    def _let_go(self) -> None:
-        """Of what was given for the call: a handle may be kept for long."""
-        if self.label is None:
-            self.label = getattr(self._function, "__name__", None)
-        self._function = self._kwargs = None
-        self._args = ()
+    def _failed(self, error: BaseException) -> None:
+        self._error, self._trace = error, error.__traceback__
 
     def _close(self, state: State) -> None:
-        if self._function is not None:
-            self._let_go()
-        self.context = None
-        if self._alarm is not None:
-            self._disarm()
+        """It ends without having run. Whoever calls this keeps what was given for the call until the lock is free."""
+        self._task = None
+        self._disarm()
         self._finish(state)
-        self._scheduler.task_ended(self, state)
+        self.owner.owner.task_ended(self, state)
 
 
 class PipelineHandle(Handle):
     """A pipeline that was submitted. Made by `Scheduler.run_pipeline`."""
 
-    __slots__ = ("at", "counts", "group", "pipeline", "stage", "thread")
+    __slots__ = ("at", "group", "pipeline", "stage", "thread")
     _what = "pipeline"
+    owner: Scheduler
 
-    def __init__(self, scheduler: Scheduler, turn: Turn, pipeline: StagedPipeline, group: Group, at: float) -> None:
-        super().__init__(scheduler, turn)
+    def __init__(self, scheduler: Scheduler, pipeline: StagedPipeline, group: Group, at: float) -> None:
+        self.owner = scheduler
+        self.state = _QUEUED
+        self._value = self._error = self._waiters = None
         self.pipeline: StagedPipeline | None = pipeline
         self.group = group
         self.stage = 0
         self.thread: int | None = None
         """The coordinator's, while `run()` is executed."""
         self.at = at
-        self.counts: dict[str, int] = {}
 
     @property
     def title(self) -> str:
         return self.group.name
 
     @property
-    def state(self) -> State:
-        return self._state
-
-    @property
-    def scheduler(self) -> Scheduler:
-        return self._scheduler
-
-    def owns(self, handle: TaskHandle) -> bool:
-        """Whether it is one of this pipeline's tasks."""
-        return handle.submission is self
+    def turn(self) -> Turn:
+        return self.owner.turn
 
     def cancel(self) -> bool:
         """Cancel it if it has not started. True when this call has done that."""
-        kept = self.pipeline
-        with self.turn:
-            if self._state is not _QUEUED:
+        kept, turn = self.pipeline, self.turn
+        with turn, turn.lock:
+            if self.state is not _QUEUED:
                 return False
             self.call_off()
         del kept  # as for tasks
@@ -329,15 +361,15 @@ class PipelineHandle(Handle):
         """While the scheduler is locked: it is not to start."""
         self.pipeline = None
         self._finish(_CANCELLED)
-        self._scheduler.pipeline_ended(self, _CANCELLED)
+        self.owner.pipeline_ended(self, _CANCELLED)
 
     # --- what its crew does
 
     def begin(self) -> bool:
-        if self._state is not _QUEUED:
+        if self.state is not _QUEUED:
             return False
-        self._state = _RUNNING
-        self._scheduler.pipeline_began(self)
+        self.state = _RUNNING
+        self.owner.pipeline_began(self)
         return True
 
     def perform(self) -> None:
@@ -347,11 +379,20 @@ class PipelineHandle(Handle):
         try:
             self._value = pipeline.run()
         except BaseException as error:  # whatever it is, it belongs to whoever asks for the result
-            self._error = error
+            self._error, self._trace = error, error.__traceback__
         finally:
             self.thread = self.pipeline = None
+            pipeline = self = None  # a traceback would keep them
 
     def end(self) -> None:
         state = _FAILED if self._error is not None else _SUCCEEDED
         self._finish(state)
-        self._scheduler.pipeline_ended(self, state)
+        self.owner.pipeline_ended(self, state)
+
+
+def _name_of(function: Callable[..., Any]) -> str | None:
+    try:
+        name = function.__name__
+    except Exception:  # it is somebody's object, and may do anything when it is asked
+        return None
+    return name if isinstance(name, str) else None

@@ -10,7 +10,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from .claim import Claim, ClaimState, Group
+from .claim import Claim, Group, Phase
 
 __all__ = ["WaitingQueue"]
 
@@ -41,7 +41,7 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Claim]:
         """All that wait, in no order."""
-        return (entry[4] for entry in self._heap if entry[4].state is _WAITING)
+        return (entry[4] for entry in self._heap if entry[4].phase is _WAITING)
 
     def push(self, claim: Claim) -> None:
         entry = (*claim.key, claim)
@@ -64,7 +64,7 @@ class WaitingQueue:
             if self._admissions - longest.since >= self.fairness:
                 return _first_living(longest.heap)[4]
         heap = self._heap
-        while (claim := heap[0][4]).state is not _WAITING:
+        while (claim := heap[0][4]).phase is not _WAITING:
             heapq.heappop(heap)
             self._dead -= 1
         return claim
@@ -105,16 +105,16 @@ class WaitingQueue:
             self._dead = 0
 
 
-_WAITING = ClaimState.WAITING
+_WAITING = Phase.WAITING
 
 
 def _living(heap: list[_Entry]) -> list[_Entry]:
-    rest = [entry for entry in heap if entry[4].state is _WAITING]
+    rest = [entry for entry in heap if entry[4].phase is _WAITING]
     heapq.heapify(rest)
     return rest
 
 
 def _first_living(heap: list[_Entry]) -> _Entry:
-    while heap[0][4].state is not _WAITING:
+    while heap[0][4].phase is not _WAITING:
         heapq.heappop(heap)
     return heap[0]

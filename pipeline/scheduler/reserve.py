@@ -7,9 +7,10 @@ granted, by another thread at that, so what it does on its way out is the same i
 from __future__ import annotations
 
 import asyncio
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from .claim import Claim, Group
+from .claim import Claim, Group, Phase
 from .waiting import check_timeout
 
 if TYPE_CHECKING:
@@ -19,25 +20,29 @@ if TYPE_CHECKING:
 __all__ = ["Hold", "Reservation"]
 
 
-class Hold:
+class Hold(Claim):
     """Waiting for resources in an event loop, and holding them."""
 
-    __slots__ = ("_claim", "_future", "_granted", "_group", "_loop", "_needs", "_priority", "_scheduler", "_stage", "_title", "kind")
+    __slots__ = ("_asked", "_future", "_granted", "_group", "_loop", "_scheduler", "_title", "at", "key", "kind", "needs", "phase")
 
     def __init__(
         self, scheduler: Scheduler, group: Group, needs: Needs, title: str, kind: str, priority: int, stage: int
     ) -> None:
         self.kind = kind
-        self._scheduler = scheduler
         self._group = group
-        self._needs = needs
+        self.needs = needs
+        self.key = (-priority, -stage, group.number, 0)
+        self.phase = Phase.WAITING
+        self._scheduler = scheduler
         self._title = title
-        self._priority = priority
-        self._stage = stage
-        self._claim: Claim | None = None
+        self._asked = False
         self._granted = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._future: asyncio.Future[None] | None = None
+
+    @property
+    def group(self) -> Group:
+        return self._group
 
     @property
     def title(self) -> str:
@@ -51,8 +56,12 @@ class Hold:
         """Wait for the resources; does not go round the loop when they are free. Cancelled, it holds nothing."""
         scheduler = self._scheduler
         self._loop = loop = asyncio.get_running_loop()
-        with scheduler.turn:
-            self._claim = scheduler.claim(self, self._group, self._needs, self._priority, self._stage)
+        turn = scheduler.turn
+        with turn, turn.lock:
+            self.key = (*self.key[:3], scheduler.next_number())
+            self.at = monotonic()
+            self._asked = True
+            scheduler.enter(self)
             if self._granted:
                 return
             self._future = future = loop.create_future()
@@ -68,8 +77,8 @@ class Hold:
 
     def release(self) -> None:
         """Give back what is held, or stop waiting. Any thread, any moment; once is enough."""
-        if self._claim is not None:
-            self._scheduler.give_back(self._claim)
+        if self._asked:
+            self._scheduler.give_back(self)
 
     # --- its turn has come
 
@@ -84,12 +93,11 @@ class Hold:
             self.release()
 
     def _too_late(self, future: asyncio.Future[None], timeout: float) -> None:
-        scheduler = self._scheduler
-        assert self._claim is not None
-        with scheduler.turn:
+        scheduler, turn = self._scheduler, self._scheduler.turn
+        with turn, turn.lock:
             if self._granted:
                 return
-            why = scheduler.why(self._claim)
+            why = scheduler.why(self)
         if not future.done():
             future.set_exception(TimeoutError(f"{self._title} was not possible within {timeout:g} s: {why}"))
 

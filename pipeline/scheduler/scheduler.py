@@ -9,13 +9,14 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import count
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from .alarms import Alarms
 from .amounts import as_capacity, as_needs, check_needs, read_needs
-from .claim import Claim, Group, Owner, check_name, check_rank
+from .claim import Claim, Group, check_name, check_rank
 from .crew import Crew
 from .engine import Engine
 from .handles import PipelineHandle, State, TaskHandle
@@ -58,13 +59,13 @@ class Scheduler:
         self.pipeline_parallelism = _positive(pipeline_parallelism, "pipeline_parallelism")
         self.task_parallelism = _positive(1 if task_parallelism is None else task_parallelism, "task_parallelism")
         fair = None if fairness is None else _positive(fairness, "fairness")
-        self.turn = Turn(self._drop)
+        self.turn = turn = Turn()
         self.engine = Engine(as_capacity(resources), self.task_parallelism, fair)
-        self.workers = Crew(f"{name}-worker", self.task_parallelism, self.turn)
+        self.workers = Crew(f"{name}-worker", self.task_parallelism, turn)
         self.alarms = Alarms(f"{name}-alarms")
         self.totals: Counter[str] = Counter()
         """How many "succeeded tasks", "cancelled pipelines" and so on there have been."""
-        self._coordinators = Crew(f"{name}-coordinator", self.pipeline_parallelism, self.turn)
+        self._coordinators = Crew(f"{name}-coordinator", self.pipeline_parallelism, turn)
         self._numbers = count(1)
         self._queued: dict[PipelineHandle, None] = {}
         self._running: dict[PipelineHandle, None] = {}
@@ -88,17 +89,18 @@ class Scheduler:
             raise TypeError(f"only an instance of a StagedPipeline can be run, not {pipeline!r}")
         check_name(name)
         check_rank(priority=priority)
-        with self.turn:
+        turn = self.turn
+        with turn, turn.lock:
             self._refuse_shut()
             self._coordinators.hire()
             number = next(self._numbers)
             group = Group(number, name or f"{type(pipeline).__name__}-{number}", priority)
-            handle = PipelineHandle(self, self.turn, pipeline, group, monotonic())
+            handle = PipelineHandle(self, pipeline, group, monotonic())
             if vars(pipeline).setdefault("_submission", handle) is not handle:  # atomic: another scheduler may have it
                 raise RuntimeError(f"this {type(pipeline).__name__} was submitted before; make a new one for every run")
-            self._live += 1
-            self._queued[handle] = None
             self._coordinators.put(handle)
+            self._queued[handle] = None
+            self._live += 1
         return handle
 
     def wait_pipelines(
@@ -108,10 +110,7 @@ class Scheduler:
 
         When `timeout` seconds are over it returns what there is. What pipelines have raised is not raised here.
         """
-        return wait_for(handles, PipelineHandle, self._owns, "scheduler", timeout, return_when)
-
-    def _owns(self, handle: PipelineHandle) -> bool:
-        return handle.scheduler is self
+        return wait_for(handles, PipelineHandle, self, "scheduler", timeout, return_when)
 
     # --- work in event loops
 
@@ -154,16 +153,19 @@ class Scheduler:
     def new_group(self, name: str, priority: int = 0) -> Group:
         return Group(next(self._numbers), name, priority)
 
-    def claim(self, owner: Owner, group: Group, needs: Any, priority: int, stage: int) -> Claim:
-        """Ask for resources, without a thread. While the scheduler is locked. The owner is told, perhaps at once."""
-        key = (-priority, -stage, group.number, next(self._numbers))
-        claim = Claim(owner, group, needs, key, False, monotonic())
-        self._enter(claim)
-        return claim
+    def next_number(self) -> int:
+        """One for each piece of work, in the order of their submission."""
+        return next(self._numbers)
+
+    def enter(self, claim: Claim) -> None:
+        """Somebody asks for resources, and will be told that they are granted, perhaps at once. While it is locked."""
+        if self.engine.submit(claim):
+            claim.granted()
+            self._admit()
 
     def give_back(self, claim: Claim) -> None:
         """A claim is over, whether it was granted or not. Any thread, any moment; never waits; once is enough."""
-        self.turn.leave(claim)
+        self.turn.leave(partial(self._drop, claim))
 
     def why(self, claim: Claim) -> str:
         """Why a claim waits. While the scheduler is locked."""
@@ -178,45 +180,52 @@ class Scheduler:
         if engine.drop(claim) and engine.queue.live:
             self._admit()
 
-    def _enter(self, claim: Claim) -> bool:
-        engine = self.engine
-        if not engine.submit(claim):
-            return False
-        claim.owner.granted()
-        if engine.queue.fairness is not None:
-            self._admit()
-        return True
-
     def _admit(self) -> None:
-        admitted = self.engine.admit()
-        if admitted:
-            now = monotonic()
-            for claim in admitted:
-                claim.at = now
-                claim.owner.granted()
+        for claim in self.engine.admit():
+            claim.at = monotonic()
+            claim.granted()
 
     def submit_task(self, submission: PipelineHandle, task: TaskBuilder) -> TaskHandle:
         """For `TaskBuilder.run`, which knows that the pipeline is running."""
         needs = read_needs(task.resources, self.engine.capacity, task.name)
-        handle = TaskHandle(submission, task.fn, task.args, task.kwargs, task.name, task.timeout)
-        group, turn = submission.group, self.turn
-        if not self.workers.threads:
-            with turn:
+        turn, limited = self.turn, task.timeout is not None or task.start_within is not None
+        if limited or not self.workers.threads:
+            with turn, turn.lock:
                 self.workers.hire()
-        with turn.lock:
-            self._live += 1
-            self.totals["submitted tasks"] += 1
-            key = (-group.priority - task.priority, -submission.stage, group.number, next(self._numbers))
-            handle.claim = claim = Claim(handle, group, needs, key, True, monotonic())
-            if not self._enter(claim) and task.start_within is not None:
-                handle.arm(self.alarms.set(task.start_within, handle.expiry(task.start_within)))
-        if turn.left:
-            turn.catch_up()
+                if limited:
+                    self.alarms.hire()
+        handle = TaskHandle(submission, task, needs, next(self._numbers))
+        # In a coordinator's thread nothing is raised in between, so the lock may be taken by hand, and only if it is free.
+        if turn.lock.acquire(False):
+            try:
+                if turn.left:
+                    turn.clear()  # what was left earlier is earlier
+                self._begin_task(handle, task.start_within)
+            finally:
+                turn.lock.release()
+            if turn.left or turn.after:
+                turn.catch_up()
+        else:
+            turn.leave(partial(self._begin_task, handle, task.start_within))
         return handle
+
+    def _begin_task(self, handle: TaskHandle, start_within: float | None) -> None:
+        self._live += 1
+        self.totals["submitted tasks"] += 1
+        engine = self.engine
+        if engine.submit(handle):
+            handle.granted()
+            if engine.queue.fairness is not None:
+                self._admit()
+        elif start_within is not None:
+            handle.expire_within(start_within)
 
     def task_ended(self, task: TaskHandle, state: State) -> None:
         self.totals[_TASKS[state]] += 1
-        self._drop(task.claim)
+        engine = self.engine
+        engine.drop(task)
+        if engine.queue.live:
+            self._admit()
         self._one_less()
 
     def pipeline_began(self, handle: PipelineHandle) -> None:
@@ -241,7 +250,8 @@ class Scheduler:
 
         What runs goes on, and may submit tasks. May be called again, to cancel what the first call has left.
         """
-        with self.turn:
+        turn = self.turn
+        with turn, turn.lock:
             self._shut = True
             queued = list(self._queued) if cancel_pending_pipelines else []
             kept = [handle.pipeline for handle in queued]
@@ -258,7 +268,8 @@ class Scheduler:
         if threading.current_thread() in self._threads():
             raise RuntimeError("close() waits for every pipeline and task, so it cannot be called from one; use shutdown()")
         self.shutdown(cancel_pending_pipelines)
-        with self.turn:
+        turn = self.turn
+        with turn, turn.lock:
             self._closing = True
             if not self._live:
                 self._dismiss()

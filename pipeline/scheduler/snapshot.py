@@ -115,10 +115,12 @@ class SchedulerSnapshot:
 def read_snapshot(scheduler: Scheduler, most: int) -> SchedulerSnapshot:
     """For `Scheduler.snapshot`."""
     engine = scheduler.engine
-    with scheduler.turn:
+    turn = scheduler.turn
+    with turn, turn.lock:
+        turn.clear()
         now = monotonic()
         free = dict(engine.free)
-        held = [_row(claim, "running" if claim.owner.at_work else "ready", now) for claim in engine.holding]
+        held = [_row(claim, "running" if claim.at_work else "ready", now) for claim in engine.holding]
         holders = engine.holders()
         taken = engine.threads_taken
         head = engine.queue.head()
@@ -157,8 +159,8 @@ def _row(
     claim: Claim, state: str, now: float, why: str | None = None, shortages: tuple[ShortageRow, ...] = ()
 ) -> WorkRow:
     return WorkRow(
-        kind=claim.owner.kind,
-        name=claim.owner.title,
+        kind=claim.kind,
+        name=claim.title,
         pipeline=claim.group.name,
         stage=claim.stage,
         priority=claim.priority,

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from threading import get_ident
-from typing import Any
+from typing import Any, cast
 
+from .claim import check_name, check_rank
 from .handles import PipelineHandle, TaskHandle
 from .waiting import ALL_COMPLETED, wait_for
 
@@ -45,14 +46,20 @@ class StagedPipeline:
         stages. `timeout`: seconds that it may run, then it is asked to end (`terminate_requested`). `start_within`:
         seconds in which it must have started; else it fails with `TimeoutError`.
         """
+        if not callable(fn):
+            raise TypeError(f"a task is a function and what it is called with, not {fn!r}")
+        if name is not None:
+            check_name(name)
+        if type(priority) is not int:
+            check_rank(priority=priority)
         if timeout is not None or start_within is not None:
             _check_limits(timeout=timeout, start_within=start_within)
         return TaskBuilder(
             self,
             fn,
-            dict(resources) if resources else {},
-            tuple(args),
-            dict(kwargs) if kwargs else None,
+            _copy_of(resources, "resources is a mapping such as {'cpu': 1}") if resources is not None else {},
+            args if type(args) is tuple else _tuple(args),
+            _copy_of(kwargs, "kwargs is a mapping of names to arguments") if kwargs is not None else None,
             name,
             priority,
             timeout,
@@ -71,7 +78,7 @@ class StagedPipeline:
         When `timeout` seconds are over it returns what there is. What tasks have raised is not raised here.
         """
         submission = self._control()
-        return wait_for(handles, TaskHandle, submission.owns, "pipeline", timeout, return_when)
+        return wait_for(handles, TaskHandle, submission, "pipeline", timeout, return_when)
 
     def _control(self) -> PipelineHandle:
         submission = self._submission
@@ -87,9 +94,28 @@ class StagedPipeline:
         return submission
 
 
-def _check_limits(**limits: float | None) -> None:
+def _copy_of(given: Any, what: str) -> dict[Any, Any]:
+    if type(given) is not dict and not isinstance(given, Mapping):
+        raise TypeError(f"{what}, not {given!r}")
+    return dict(cast("Mapping[Any, Any]", given))
+
+
+def _tuple(args: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(args)
+    except TypeError as error:
+        raise TypeError(f"args are the arguments of the call, in a tuple, not {args!r}") from error
+
+
+def _check_limits(**limits: Any) -> None:
     for option, seconds in limits.items():
-        if seconds is not None and not (seconds >= 0 and isfinite(seconds)):
+        if seconds is None:
+            continue
+        try:
+            good = isfinite(seconds) and seconds >= 0
+        except (TypeError, OverflowError):
+            good = False
+        if not good:
             raise ValueError(f"{option} is a number of seconds, 0 or more, not {seconds!r}")
 
 
@@ -113,5 +139,7 @@ class TaskBuilder:
         Raises `RuntimeError` outside of the pipeline's `run()`, `ValueError` for amounts that are none,
         `UnknownResourceError`, and `UnschedulableTaskError` for more than the scheduler has.
         """
-        submission = self.pipeline._control()
-        return submission.scheduler.submit_task(submission, self)
+        submission = self.pipeline._submission
+        if submission is None or submission.thread != get_ident():
+            submission = self.pipeline._control()  # which says what is wrong
+        return submission.owner.submit_task(submission, self)

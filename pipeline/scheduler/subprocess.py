@@ -36,7 +36,8 @@ def run_subprocess(
     is empty if they do not say otherwise. POSIX only. Ends are seen within 50 ms.
     """
     command = _check(argv, terminate_grace_seconds, options)
-    context = working_on.get() or TaskContext(None)
+    work = working_on.get()
+    context = TaskContext("") if work is None else work.context()
     if context.requested:
         raise _terminated(command, context, "was not started")
     given: dict[str, Any] = {"stdin": subprocess.DEVNULL, **options, "start_new_session": True}

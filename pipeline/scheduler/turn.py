@@ -1,7 +1,8 @@
-"""`Turn`: one at a time in the scheduler, and what is given back by those who must not wait for their turn.
+"""`Turn`: one at a time in the scheduler, and what is left for whoever has the turn by those who must not wait for it.
 
-The rule kept here: giving back never blocks. A coroutine may be closed by the garbage collector at any allocation, also
-in a thread that has the turn just then; so what is given back is left in a line, and whoever has the turn clears it.
+The rule kept here: leaving something never blocks. A coroutine may be closed by the garbage collector at any allocation, also
+in a thread that has the turn just then. And tasks are quick: a thread that waits for a lock gets it while it has no GIL, the
+next one runs into it, and from then on every task costs a switch of threads. So tasks are left, too, when the lock is taken.
 """
 
 from __future__ import annotations
@@ -9,48 +10,63 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
-
-from .claim import Claim
+from functools import partial
 
 __all__ = ["Turn"]
 
 
 class Turn:
-    """A lock to use in `with`. `clear` is called, with the lock held, for each claim that was left.
+    """`with turn, turn.lock:` is a turn; the lock goes first, then what was left meanwhile is done.
 
-    Where a task passes it is twice as quick to use `lock` itself, and then, if there is something in `left`, `catch_up`.
+    The lock itself is written down because only `with` of a lock in C is safe from a Ctrl-C that comes in between.
     """
 
-    __slots__ = ("_acquire", "_clear", "_release", "left", "lock")
+    __slots__ = ("after", "left", "lock")
 
-    def __init__(self, clear: Callable[[Claim], None]) -> None:
-        self.lock = lock = threading.Lock()
-        self._acquire = lock.acquire
-        self._release = lock.release
-        self.left: deque[Claim] = deque()
-        self._clear = clear
-
-    def leave(self, claim: Claim) -> None:
-        """A claim is over. Any thread, any moment."""
-        self.left.append(claim)
-        self.catch_up()
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.left: deque[Callable[[], object]] = deque()
+        """What is to be done with the lock held. Whoever takes it for something that depends on order clears this first."""
+        self.after: deque[Callable[[], object]] = deque()
+        """What is to be done when it is free again, in any thread."""
 
     def __enter__(self) -> None:
-        self._acquire()
+        pass
 
-    def __exit__(self, *_: Any) -> None:
-        self._release()
-        if self.left:
-            self.catch_up()
+    def __exit__(self, *_: object) -> None:
+        self.catch_up()
+
+    def leave(self, work: Callable[[], object]) -> None:
+        """To be done in a turn, this one or another's; it raises nothing. Any thread, any moment."""
+        self.left.append(work)
+        self.catch_up()
 
     def catch_up(self) -> None:
-        """Clear what is left, if nobody else is about to."""
-        # Who does not get the lock need not wait: its holder looks here after it has let go.
-        left = self.left
-        while left and self._acquire(False):
+        """After a turn: do what was left, if nobody else is about to; then what comes after it."""
+        # Who finds the lock taken need not wait: its holder looks here after it has let go. It may be this very thread.
+        while self.left and not self.lock.locked():
+            with self.lock:
+                self.clear()
+        after = self.after
+        while after:
             try:
-                while left:
-                    self._clear(left.popleft())
-            finally:
-                self._release()
+                work = after.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            work()
+
+    # --- in a turn
+
+    def clear(self) -> None:
+        """Do what was left, in the order in which it was."""
+        left = self.left
+        while left:
+            left.popleft()()
+
+    def ring(self, bell: threading.Lock) -> None:
+        """Wake somebody, after the turn: who is woken earlier would only run into the lock."""
+        self.after.append(bell.release)
+
+    def drop(self, value: object) -> None:
+        """Let go of something after the turn, for whatever goes with it may do anything."""
+        self.after.append(partial(id, value))
