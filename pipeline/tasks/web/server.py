@@ -131,6 +131,7 @@ class Service:
         deadline = monotonic() + _DELIVERY
         server.config.timeout_graceful_shutdown = _DELIVERY  # pyright: ignore[reportAttributeAccessIssue] a float will do
         server.should_exit = True
+        streams.close()
         while not serving.done() and monotonic() < deadline + _LAST and not server.force_exit:
             streams.close()  # and those that have come since
             await asyncio.wait([serving], timeout=0.05)
