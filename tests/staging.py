@@ -48,7 +48,8 @@ class Work(Claim):
     title, group = "work", None  # type: ignore[assignment]
 
     def __init__(self, group: Group, needs: Any, key: Any, threaded: bool = False) -> None:
-        self.group, self.needs, self.key, self.threaded, self.phase = group, needs, key, threaded, Phase.WAITING
+        self.group, self.needs, self.key, self.threaded = group, needs, key, threaded
+        self.phase, self.behind = Phase.WAITING, None
 
     def granted(self) -> None:
         raise AssertionError("an engine tells nobody")

@@ -52,6 +52,8 @@ class Claim:
     threaded = False
     """It also needs one of the scheduler's own threads."""
     phase: Phase
+    behind: Claim | None
+    """In the queue: the next of the same rank."""
     at: float
     """When it came into this phase, by `time.monotonic()`."""
 

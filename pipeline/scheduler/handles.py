@@ -162,7 +162,7 @@ class Handle:
 class TaskHandle(Handle, Claim):
     """A task that was submitted. Made by `StagedPipeline.task(...).run()`."""
 
-    __slots__ = ("_alarm", "_context", "_task", "at", "key", "label", "needs", "phase")
+    __slots__ = ("_alarm", "_context", "_task", "at", "behind", "key", "label", "needs", "phase")
     _what = "task"
     kind = "task"
     threaded = True
@@ -172,7 +172,7 @@ class TaskHandle(Handle, Claim):
         group = submission.group
         self.owner = submission
         self.state = _QUEUED
-        self._value = self._error = self._waiters = self._alarm = self._context = None
+        self._value = self._error = self._waiters = self._alarm = self._context = self.behind = None
         self._task: TaskBuilder | None = task
         self._alarm: Alarm | None
         self._context: TaskContext | None
@@ -359,17 +359,16 @@ class PipelineHandle(Handle):
 
     def call_off(self) -> None:
         """While the scheduler is locked: it is not to start."""
+        self.owner.pipeline_ended(self, _CANCELLED)
         self.pipeline = None
         self._finish(_CANCELLED)
-        self.owner.pipeline_ended(self, _CANCELLED)
 
     # --- what its crew does
 
     def begin(self) -> bool:
-        if self.state is not _QUEUED:
+        if self.state is not _QUEUED or not self.owner.pipeline_begins(self):
             return False
         self.state = _RUNNING
-        self.owner.pipeline_began(self)
         return True
 
     def perform(self) -> None:

@@ -1,7 +1,7 @@
 """`WaitingQueue`: the claims that wait, best first.
 
-The rule kept here: there is one head, and nobody passes it. Adding, taking and removing cost O(log n); what was removed
-stays in the heap as a dead entry until it comes up, or until the dead are the majority.
+The rule kept here: there is one head, and nobody passes it. Taking costs O(1), adding and removing O(log n) at most; what was
+removed stays where it is, dead, until it comes up, or until the dead are the majority.
 """
 
 from __future__ import annotations
@@ -19,18 +19,31 @@ _FEW = 64
 
 _Entry = tuple[int, int, int, int, Claim]
 """A key with its claim, flat, which compares quickest; keys differ, so claims are never compared."""
+_Rank = tuple[int, int, int]
+"""A key without its number. Claims of one rank come in the order of their numbers, so they need no sorting."""
+
+
+class _Line:
+    """The claims of one rank. Each knows the one behind it, and there is always one."""
+
+    __slots__ = ("first", "last")
+
+    def __init__(self, claim: Claim) -> None:
+        self.first = self.last = claim
 
 
 class WaitingQueue:
     """By key. With `fairness`, a group that waits is passed over by so many admissions of others and then goes first.
 
     Groups come first in the order in which they were last served, so of `g` waiting groups each is served at least once
-    in `fairness + g` admissions. It costs a second heap, for the best claim of each group.
+    in `fairness + g` admissions. It costs a heap for each group, with its own claims.
     """
 
     def __init__(self, fairness: int | None = None) -> None:
         self.fairness = fairness
-        self._heap: list[_Entry] = []
+        self._lines: dict[_Rank, _Line] = {}
+        self._ranks: list[_Rank] = []
+        """A heap."""
         self.live = 0
         """How many wait."""
         self._dead = 0
@@ -41,15 +54,19 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Claim]:
         """All that wait, in no order."""
-        return (entry[4] for entry in self._heap if entry[4].phase is _WAITING)
+        for line in self._lines.values():
+            claim: Claim | None = line.first
+            while claim is not None:
+                if claim.phase is _WAITING:
+                    yield claim
+                claim = claim.behind
 
     def push(self, claim: Claim) -> None:
-        entry = (*claim.key, claim)
-        heapq.heappush(self._heap, entry)
+        self._enqueue(claim)
         self.live += 1
         if self.fairness is not None:
             group = claim.group
-            heapq.heappush(group.heap, entry)
+            heapq.heappush(group.heap, (*claim.key, claim))
             group.waiting += 1
             if group.waiting == 1:
                 group.since = self._admissions
@@ -63,17 +80,18 @@ class WaitingQueue:
             longest = next(iter(self._groups))
             if self._admissions - longest.since >= self.fairness:
                 return _first_living(longest.heap)[4]
-        heap = self._heap
-        while (claim := heap[0][4]).phase is not _WAITING:
-            heapq.heappop(heap)
+        while True:
+            claim = self._lines[self._ranks[0]].first
+            if claim.phase is _WAITING:
+                return claim
             self._dead -= 1
-        return claim
+            self._advance(claim)
 
     def admitted(self, claim: Claim) -> None:
         """The head has left the queue, and is no longer `WAITING`."""
         self._admissions += 1
-        if self._heap[0][4] is claim:
-            heapq.heappop(self._heap)
+        if self._lines[self._ranks[0]].first is claim:
+            self._advance(claim)
             self.live -= 1
         else:
             self._buried()
@@ -89,6 +107,24 @@ class WaitingQueue:
         if self.fairness is not None:
             self._leave(claim.group)
 
+    def _enqueue(self, claim: Claim) -> None:
+        rank = claim.key[:3]
+        line = self._lines.get(rank)
+        if line is None:
+            self._lines[rank] = _Line(claim)
+            heapq.heappush(self._ranks, rank)
+        else:
+            line.last.behind = line.last = claim
+
+    def _advance(self, claim: Claim) -> None:
+        """The first claim of the best rank goes."""
+        behind = claim.behind
+        if behind is None:
+            del self._lines[heapq.heappop(self._ranks)]
+        else:
+            self._lines[self._ranks[0]].first = behind
+            claim.behind = None  # whoever keeps it does not keep the others
+
     def _leave(self, group: Group) -> None:
         group.waiting -= 1
         if not group.waiting:
@@ -101,8 +137,21 @@ class WaitingQueue:
         self.live -= 1
         self._dead += 1
         if self._dead > _FEW and self._dead > self.live:
-            self._heap = _living(self._heap)
-            self._dead = 0
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Take out the dead."""
+        lines = list(self._lines.values())
+        self._lines.clear()
+        self._ranks.clear()
+        self._dead = 0
+        for line in lines:
+            claim: Claim | None = line.first
+            while claim is not None:
+                behind, claim.behind = claim.behind, None
+                if claim.phase is _WAITING:
+                    self._enqueue(claim)
+                claim = behind
 
 
 _WAITING = Phase.WAITING

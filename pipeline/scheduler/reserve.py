@@ -23,7 +23,7 @@ __all__ = ["Hold", "Reservation"]
 class Hold(Claim):
     """Waiting for resources in an event loop, and holding them."""
 
-    __slots__ = ("_asked", "_future", "_granted", "_group", "_loop", "_scheduler", "_title", "at", "key", "kind", "needs", "phase")
+    __slots__ = ("_asked", "_future", "_granted", "_group", "_loop", "_scheduler", "_title", "at", "behind", "key", "kind", "needs", "phase")
 
     def __init__(
         self, scheduler: Scheduler, group: Group, needs: Needs, title: str, kind: str, priority: int, stage: int
@@ -33,6 +33,7 @@ class Hold(Claim):
         self.needs = needs
         self.key = (-priority, -stage, group.number, 0)
         self.phase = Phase.WAITING
+        self.behind = None
         self._scheduler = scheduler
         self._title = title
         self._asked = False

@@ -70,8 +70,8 @@ class Scheduler:
         self._queued: dict[PipelineHandle, None] = {}
         self._running: dict[PipelineHandle, None] = {}
         self._shares: dict[PipelineRuntime, Share] = {}
-        self._live = 0
-        """Pipelines and tasks that are not over."""
+        self._tasks = 0
+        """Those that are not over."""
         self._shut = False
         self._closing = False
         self._all_over = threading.Event()
@@ -99,8 +99,7 @@ class Scheduler:
             if vars(pipeline).setdefault("_submission", handle) is not handle:  # atomic: another scheduler may have it
                 raise RuntimeError(f"this {type(pipeline).__name__} was submitted before; make a new one for every run")
             self._coordinators.put(handle)
-            self._queued[handle] = None
-            self._live += 1
+            self._queued[handle] = None  # now it counts; a Ctrl-C before this line has submitted nothing
         return handle
 
     def wait_pipelines(
@@ -210,7 +209,7 @@ class Scheduler:
         return handle
 
     def _begin_task(self, handle: TaskHandle, start_within: float | None) -> None:
-        self._live += 1
+        self._tasks += 1
         self.totals["submitted tasks"] += 1
         engine = self.engine
         if engine.submit(handle):
@@ -226,22 +225,24 @@ class Scheduler:
         engine.drop(task)
         if engine.queue.live:
             self._admit()
-        self._one_less()
+        self._tasks -= 1
+        if self._closing:
+            self._end_if_over()
 
-    def pipeline_began(self, handle: PipelineHandle) -> None:
-        del self._queued[handle]
+    def pipeline_begins(self, handle: PipelineHandle) -> bool:
+        """False when it is not to."""
+        if handle not in self._queued:
+            return False
         self._running[handle] = None
+        del self._queued[handle]
+        return True
 
     def pipeline_ended(self, handle: PipelineHandle, state: State) -> None:
-        self.totals[_PIPELINES[state]] += 1
         self._queued.pop(handle, None)
         self._running.pop(handle, None)
-        self._one_less()
-
-    def _one_less(self) -> None:
-        self._live -= 1
-        if self._closing and not self._live:
-            self._dismiss()
+        self.totals[_PIPELINES[state]] += 1
+        if self._closing:
+            self._end_if_over()
 
     # --- the end
 
@@ -271,8 +272,7 @@ class Scheduler:
         turn = self.turn
         with turn, turn.lock:
             self._closing = True
-            if not self._live:
-                self._dismiss()
+            self._end_if_over()
         self._all_over.wait()  # as long as the work takes; whoever cannot wait calls shutdown()
         for thread in self._threads():
             thread.join()
@@ -292,7 +292,9 @@ class Scheduler:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _dismiss(self) -> None:
+    def _end_if_over(self) -> None:
+        if self._tasks or self._queued or self._running:
+            return
         self._coordinators.dismiss()
         self.workers.dismiss()
         self.alarms.close()
