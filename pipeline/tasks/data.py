@@ -27,6 +27,7 @@ __all__ = ["MAX_BYTES", "about_error", "plain", "readable"]
 MAX_BYTES = 1 << 20
 """What the data of one event may take as JSON in UTF-8."""
 
+_INSTEAD = "send a part of it, or where it is to be found"
 _TEXT = 2_000
 """Characters kept of a text in data that was too large."""
 _ROWS = 100
@@ -49,6 +50,8 @@ def plain(data: Any, what: str) -> Any:
     that has a `to_dict()`. Raises TypeError for the rest, ValueError for more than 1 MiB. Costs about 5 µs for a small
     dict.
     """
+    if _least_size(data) > MAX_BYTES:  # seen at once, also where it would take minutes to write it down
+        raise ValueError(f"{what} takes more than {MAX_BYTES:,} bytes as JSON: {_INSTEAD} (or does it contain itself?)")
     try:
         copy, size = _through_json(data, _nearest)
     except TypeError as error:
@@ -56,9 +59,7 @@ def plain(data: Any, what: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} cannot be made JSON: {error}") from None
     if size > MAX_BYTES:
-        raise ValueError(
-            f"{what} takes {size:,} bytes as JSON, and {MAX_BYTES:,} is the most: send a part of it, or where it is to be found"
-        )
+        raise ValueError(f"{what} takes {size:,} bytes as JSON, and {MAX_BYTES:,} is the most: {_INSTEAD}")
     return copy
 
 
@@ -67,6 +68,8 @@ def readable(data: Any) -> Any:
 
     What is no JSON is told by its `repr`, and what is too large is shortened.
     """
+    if _least_size(data) > MAX_BYTES:
+        data = _shortened(data)
     try:
         copy, size = _through_json(data, _nearest_or_repr)
     except (TypeError, ValueError, RecursionError):  # keys that are no texts, circles, too deep
@@ -95,6 +98,23 @@ def _through_json(data: Any, default: Any) -> tuple[Any, int]:
     return json.loads(encoded, parse_constant=_nothing), len(encoded)
 
 
+def _least_size(data: Any) -> int:
+    """Characters that it has as JSON at least, counted until there are too many."""
+    size, left = 0, [data]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            size += len(one)
+        elif isinstance(one, (dict, list, tuple)):
+            many = cast("dict[Any, Any] | list[Any] | tuple[Any, ...]", one)
+            size += 2 * len(many) + 1
+            if size <= MAX_BYTES:
+                left.extend(many.values() if isinstance(many, dict) else many)
+        if size > MAX_BYTES:
+            break
+    return size
+
+
 def _nothing(_: str) -> None:
     """For NaN and the infinities."""
 
@@ -113,6 +133,8 @@ def _nearest(value: Any) -> Any:
         return dict(cast("Mapping[Any, Any]", value))
     if isinstance(value, type):
         raise TypeError(f"{value!r} is a class")
+    if getattr(value, "nbytes", 0) > MAX_BYTES:
+        raise TypeError(f"a {type(value).__qualname__} of {value.nbytes:,} bytes is too large")
     for method in ("to_dict", "tolist"):
         if callable(getattr(value, method, None)):
             return getattr(value, method)()

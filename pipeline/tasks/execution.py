@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
+from time import time
 from typing import Any, cast
 
 from ..cancellation.fence import Fence
@@ -84,6 +85,7 @@ class Execution:
         self._triggers = _triggers(timeout, cancel_on)
         self._interval = progress_interval
         self._items = items
+        self._made = time()
         self._reasons: list[CancelReason] = []
         self._sealed: tuple[CancelReason, ...] | None = None
         self._stop: Callable[[CancelReason], object] | None = None
@@ -234,12 +236,11 @@ class Execution:
         data = {} if report is None else {"report": readable(report)}
         if isinstance(result, RunReport) and result.outcome == "completed" and interrupted is None:
             return TaskEnd(EventType.COMPLETED, data["report"], value=result)
-        reasons = () if report is None else report.reasons
-        self._reasons[:] = _merged(reasons, self._reasons)
+        self._reasons[:] = _merged(() if result is None else result.reasons, self._reasons)
         if report is not None and report.outcome == "failed":
             assert isinstance(result, Err)
             return self._failed(_raised(result), about=result.value, more=data)
-        if self._reasons:
+        if self._reasons and self._reasons[0].at >= self._made:  # else it was cancelled before, and has to be made anew
             return self._stopped(error=interrupted, value=report, more=data)
         assert isinstance(result, Err)
         return self._failed(_raised(result), more=data)

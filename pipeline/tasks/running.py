@@ -13,7 +13,6 @@ from typing import Any
 
 from ..cancellation.reason import CancelReason
 from ..observe.logs import get_logger
-from ..result import describe
 from .events import EventType, TaskEvent, TaskKey
 from .execution import Execution, TaskEnd
 from .log import HistorySubscription, RunHistory, TaskLog
@@ -169,11 +168,10 @@ class RunningTask:
         self._history.publish(end.type, end.data)
         self._on_end(self)
         if end.type is EventType.ERROR:
-            what = describe(end.error) if end.error is not None else end.data["message"]
-            get_logger(task=str(self.key)).error("task failed", error=what, exc_info=end.error)
+            get_logger(task=str(self.key)).error("task failed", error=end.data["message"], exc_info=end.error)
         elif isinstance(end.error, Exception):
             get_logger(task=str(self.key)).warning(
-                "task failed while it was stopping", error=describe(end.error), exc_info=end.error
+                "task failed while it was stopping", error=end.data["error"]["message"], exc_info=end.error
             )
 
 

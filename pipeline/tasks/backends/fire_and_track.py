@@ -51,7 +51,7 @@ class AsyncFireAndTrackBackend(TaskBackend):
 
     @property
     def inflight_count(self) -> int:
-        return len(self._inflight)
+        return sum(not running.over for running in self._inflight.values())
 
     async def initialize(self) -> None:
         """Get ready, also after a shutdown."""
