@@ -53,6 +53,7 @@ def create_app(
     title: str = "Tasks",
     routes: Sequence[BaseRoute] = (),
     lifespan: Lifespan | None = None,
+    manage: bool = True,
     allowed_hosts: Iterable[str] | None = None,
     allowed_origins: Iterable[str] = (),
     heartbeat: float = 15.0,
@@ -66,8 +67,8 @@ def create_app(
     to the outer one. Events are followed by a comment after `heartbeat` seconds of silence; browsers that lost the
     connection come back after `retry` seconds.
 
-    Run by itself, it initializes the hub when it starts and shuts it down when it ends, around your `lifespan`. Mounted,
-    nobody runs that: do both yourself.
+    Run by itself, it initializes the hub when it starts and shuts it down when it ends, around your `lifespan`, unless
+    `manage` is False. Mounted, nobody runs that: do both yourself.
     """
     _check_seconds(heartbeat=heartbeat, retry=retry)
     views = _Views(hub_of(hub), Token(token), heartbeat=heartbeat, retry=retry)
@@ -85,7 +86,7 @@ def create_app(
         ],
         middleware=[Middleware(Guard, allowed_names(allowed_hosts), _origins(allowed_origins))],
         exception_handlers={Refusal: _refused, HTTPException: _no_such_thing},
-        lifespan=_lifespan(hub, lifespan),
+        lifespan=_lifespan(hub, lifespan) if manage else lifespan,
     )
     app.state.hub = hub
     return app

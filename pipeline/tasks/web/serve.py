@@ -12,12 +12,15 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...loops import run_on
 from ...observe.logs import get_logger
 from ..targets import TargetError, hub_of, load_target, make_target
 from .listen import is_loopback, listen, url_of
+
+if TYPE_CHECKING:
+    from .server import Served
 
 __all__ = ["add_arguments", "run"]
 
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if token is None and not is_loopback(sockets) and not hasattr(target, "state"):
         get_logger().warning(f"whoever reaches this can cancel tasks; set {_TOKEN}, or --token-file", host=args.host)
 
-    async def made() -> tuple[Any, object]:
+    async def made() -> Served:
         return application(await make_target(target, is_done=_is_done), args, token)
 
     url = url_of(args.host, sockets)
@@ -68,10 +71,11 @@ def run(args: argparse.Namespace) -> int:
     return _leave(code)
 
 
-def application(target: Any, args: argparse.Namespace, token: str | None) -> tuple[Any, object]:
-    """What to serve, and the hub to shut down. `Any`: any ASGI application. Raises `TargetError` for what is neither."""
+def application(target: Any, args: argparse.Namespace, token: str | None) -> Served:
+    """What to serve, for a target of any kind. `Any`: there is no other word for that. Raises `TargetError` for no use."""
     from .app import create_app
     from .guard import ADDRESSES, Guard, allowed_names
+    from .server import Served
 
     hub = _hub_of_app(target)
     if hub is not None:
@@ -88,14 +92,14 @@ def application(target: Any, args: argparse.Namespace, token: str | None) -> tup
             raise TargetError(f"{args.target!r}: {error}{apps}") from None
         hub = target
         try:
-            app = create_app(hub, token=token, title=args.title)
+            app = create_app(hub, token=token, title=args.title, manage=False)
         except ValueError as error:
             raise TargetError(str(error)) from None
     try:
         hosts = allowed_names(["localhost", "*.localhost", ADDRESSES, *_name(args.host), *args.allowed_host])
     except ValueError as error:
         raise TargetError(f"--allowed-host: {error}") from None
-    return Guard(app, hosts, None), hub
+    return Served(Guard(app, hosts, None), hub, manage=app is not target)
 
 
 def _is_done(target: Any) -> bool:

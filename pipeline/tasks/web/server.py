@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -26,11 +27,11 @@ from ...cancellation.reason import CancelReason
 from ...cancellation.signals import SignalTrigger
 from ...observe.logs import get_logger
 from ...result import describe
-from ..targets import TargetError, hub_of
+from ..targets import hub_of
 from .sse import OpenStreams, streams_of
 from .stopping import initialize, shut_down_within
 
-__all__ = ["Service"]
+__all__ = ["Served", "Service"]
 
 _DELIVERY = 5.0
 """Seconds for clients to take what was sent to them, when all tasks have ended."""
@@ -38,15 +39,27 @@ _LAST = 1.0
 """Seconds after a second signal."""
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """An ASGI application, and the hub whose tasks end with the server. `manage`: nobody else gets the hub ready.
+
+    `Any`: it may be of any framework.
+    """
+
+    app: Any
+    hub: object
+    manage: bool
+
+
 class Service:
-    """One server for the application and the hub that `make` gives. `run()` it once, in the main thread.
+    """One server for what `make` gives. `run()` it once, in the main thread.
 
     `timeout` in seconds is for the cleanup of tasks after a signal.
     """
 
     def __init__(
         self,
-        make: Callable[[], Awaitable[tuple[Any, object]]],
+        make: Callable[[], Awaitable[Served]],
         sockets: list[socket.socket],
         *,
         timeout: float,
@@ -94,6 +107,8 @@ class Service:
         if listening.done():
             self._on_ready()
             await self._or_signalled(serving)
+        elif not serving.done():  # in the middle of the application's own start
+            serving.cancel()
         listening.cancel()
         ended_early = serving.done()
         stuck = await self._stop(server, serving, hub)
@@ -101,16 +116,16 @@ class Service:
 
     async def _start(self) -> bool:
         """Make what is to be served, and get it ready."""
-        app, hub = await self._make()
+        served = await self._make()
+        self._hub = served.hub
         try:
-            await initialize(hub)
-        except TargetError:
-            raise
+            if served.manage:
+                await initialize(served.hub)
         except Exception as error:
             get_logger().error("the tasks could not be made ready", error=describe(error))
             return False
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="auto", ws="none", server_header=False)
-        self._hub, self._server = hub, _Server(config)
+        config = uvicorn.Config(served.app, log_config=None, access_log=False, lifespan="auto", ws="none", server_header=False)
+        self._server = _Server(config)
         return True
 
     async def _stop(self, server: _Server, serving: asyncio.Task[None], hub: object) -> list[str]:

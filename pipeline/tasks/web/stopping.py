@@ -49,7 +49,7 @@ async def shut_down_within(hub: object, timeout: float, reason: CancelReason) ->
     stuck: list[str] = []
     inner = hub_of(hub)
     if not stopping.done() and inner is not hub:  # a backend with patience of its own: its tasks end now
-        stuck += await shut_down_within(inner, 0.0, reason)
+        stuck += await shut_down_within(inner, min(timeout, _CLEANUP), reason)
         await asyncio.wait([stopping], timeout=_CLEANUP)
     if not stopping.done():
         stopping.cancel()

@@ -1,0 +1,445 @@
+"""`penstock serve`, as a process: under load, told to stop, told twice, and told wrong things.
+
+The rule kept here: clients are real connections, signals are real, and nothing is sent before the server has said that it
+is ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+import pytest
+from helpers import LIMIT, Program, alive, run_program, until
+from serving import CLI, Sent, events_in, served
+
+TASKS = """
+    import asyncio
+    from pipeline.tasks import TaskCoordinator
+
+    hub = TaskCoordinator()
+
+    async def busy(context):
+        number = 0
+        try:
+            while True:
+                number += 1
+                await (context.progress(number) if number % 3 else context.item(number))
+                await asyncio.sleep(0.01)
+        finally:
+            await asyncio.sleep(0.2)
+            await context.item("cleaned up")
+
+    async def make():
+        for number in range(10):
+            hub.start_task("load", "busy", number, busy)
+        return hub
+"""
+
+
+async def follow(url: str, path: str, *, started: asyncio.Semaphore | None = None) -> tuple[list[Sent], bool]:
+    """The events of a stream over a connection of its own, and whether its end came as it should."""
+    parts = urlsplit(url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    try:
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n".encode())
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200"), head
+        assert b"transfer-encoding: chunked" in head.lower()
+        body = b""
+        while size := int(await reader.readline() or b"0", 16):
+            body += await reader.readexactly(size)
+            await reader.readline()
+            if started is not None and b"event: item" in body:
+                started.release()
+                started = None
+        complete = await reader.readline() == b"\r\n"
+        return events_in(body.decode()), complete
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_two_hundred_clients_get_every_terminal_event_when_the_server_is_told_to_stop(tmp_path: Path) -> None:
+    with served(tmp_path, TASKS, target="program:make") as (program, url):
+        started = asyncio.Semaphore(0)
+        clients = [
+            asyncio.create_task(follow(url, f"/tasks/load/busy/{number % 10}/events", started=started))
+            for number in range(200)
+        ]
+        async with asyncio.timeout(LIMIT):
+            for _ in clients:
+                await started.acquire()
+            program.interrupt(signal.SIGTERM)
+            told = await asyncio.gather(*clients)
+        finished = await asyncio.to_thread(program.finish)
+    assert finished.code == 0, finished.err
+    for events, complete in told:
+        assert complete
+        assert [event.type for event in events].count("cancelled") == 1
+        assert events[-1].type == "cancelled"
+        assert events[-2].data["data"] == {"item": "cleaned up"}
+        assert [reason["code"] for reason in events[-1].data["data"]["reasons"]] == ["shutdown"]
+        ids = [event.id for event in events]
+        assert all(after - before - 1 == event.data.get("dropped", 0) for before, after, event in zip(ids, ids[1:], events[1:], strict=False))
+        items = [event.id for event in events if event.type == "item"]
+        assert len(items) == len(set(items))
+    assert "Traceback" not in finished.err
+
+
+def test_requests_are_answered_while_tasks_clean_up(tmp_path: Path) -> None:
+    source = """
+        import asyncio
+        from pathlib import Path
+        from pipeline.tasks import TaskCoordinator
+
+        hub = TaskCoordinator()
+
+        async def careful():
+            try:
+                await asyncio.Event().wait()
+            finally:
+                while not Path("enough").exists():
+                    await asyncio.sleep(0.01)
+
+        async def make():
+            hub.start_task("a", "careful", 1, careful)
+            return hub
+    """
+    with served(tmp_path, source, target="program:make") as (program, url), httpx.Client(base_url=url) as web:
+        until(lambda: web.get("/tasks/a/careful/1").json()["state"] == "running")
+        program.interrupt(signal.SIGTERM)
+        until(lambda: web.get("/tasks/a/careful/1").json()["state"] == "cancelling")
+        assert web.post("/tasks/a/careful/1/cancel", json={"reason": "me, too"}).json() == {"cancelled": True}
+        reasons = web.get("/tasks/a/careful/1").json()["reasons"]
+        (tmp_path / "enough").touch()
+        finished = program.finish()
+    assert [reason["code"] for reason in reasons] == ["shutdown", "web"]
+    assert (finished.code, finished.err.count("Traceback")) == (0, 0)
+
+
+STUCK = """
+    import asyncio
+    from pipeline.tasks import TaskCoordinator
+
+    hub = TaskCoordinator()
+
+    async def deaf():
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                print("deaf", flush=True)
+
+    async def make():
+        hub.start_task("a", "deaf", 1, deaf)
+        return hub
+"""
+
+
+async def test_a_task_that_does_not_stop_is_named_and_does_not_stop_the_server_from_ending(tmp_path: Path) -> None:
+    with served(tmp_path, STUCK, "--shutdown-timeout", "0.1", target="program:make") as (program, url):
+        client = asyncio.create_task(follow(url, "/tasks/a/deaf/1/events"))
+        await asyncio.to_thread(until, lambda: httpx.get(f"{url}/tasks/a/deaf/1").json()["state"] == "running")
+        program.interrupt(signal.SIGTERM)
+        events, complete = await client
+        finished = await asyncio.to_thread(program.finish)
+    assert complete
+    assert events[-1].type == "cancelled"
+    assert events[-1].data["data"]["stuck"] is True
+    assert finished.code == 1
+    assert "a/deaf/1" in finished.err
+    assert finished.seconds < 10
+
+
+def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+    with served(tmp_path, STUCK, "--shutdown-timeout", "600", target="program:make") as (program, url):
+        until(lambda: httpx.get(f"{url}/tasks/a/deaf/1").json()["state"] == "running")
+        program.interrupt(signal.SIGTERM)
+        program.says("deaf")
+        program.interrupt(signal.SIGTERM)
+        assert program.finish().code == 128 + signal.SIGTERM
+
+
+def test_ctrl_c_ends_it_as_shells_expect(tmp_path: Path) -> None:
+    with served(tmp_path, TASKS) as (program, _):
+        program.interrupt(signal.SIGINT, group=True)
+        finished = program.finish()
+    assert (finished.code, "Traceback" in finished.err) == (130, False)
+
+
+def test_a_thread_that_does_not_end_is_named_and_left_behind(tmp_path: Path) -> None:
+    source = """
+        import asyncio, threading
+        from pipeline.tasks import TaskCoordinator
+
+        hub = TaskCoordinator()
+
+        async def make():
+            hub.start_task("a", "thread", 1, lambda_)
+            return hub
+
+        async def lambda_():
+            await asyncio.to_thread(threading.Event().wait)
+    """
+    with served(tmp_path, source, target="program:make") as (program, url):
+        until(lambda: httpx.get(f"{url}/tasks/a/thread/1").json()["state"] == "running")
+        program.interrupt(signal.SIGTERM)
+        finished = program.finish()
+    assert finished.code == 1
+    assert "threads did not end and were left behind" in finished.err
+
+
+def test_nothing_is_left_of_a_server_with_processes(tmp_path: Path) -> None:
+    source = """
+        from pipeline import Pipeline
+        from pipeline.tasks import TaskCoordinator
+        from stages import stage
+
+        hub = TaskCoordinator()
+
+        async def make():
+            hub.start_task("a", "b", 1, Pipeline(iter(int, 1)) >> stage(run_in="process", concurrency=2)(abs))
+            return hub
+    """
+    with served(tmp_path, source, target="program:make") as (program, url):
+        until(lambda: (httpx.get(f"{url}/tasks/a/b/1").json()["progress"] or {}).get("delivered"))
+        family = program.family()
+        assert family
+        program.interrupt(signal.SIGTERM, group=True)
+        finished = program.finish()
+        until(lambda: not alive(family))
+    assert finished.code == 0, finished.err
+
+
+# --- what is served
+
+
+def test_a_backend_is_made_ready_and_what_is_in_flight_ends_within_the_time(tmp_path: Path) -> None:
+    source = """
+        import asyncio
+        from pipeline.tasks import AsyncFireAndTrackBackend
+
+        backend = AsyncFireAndTrackBackend(shutdown_timeout_seconds=600)
+
+        async def executor(task):
+            try:
+                await asyncio.Event().wait()
+            finally:
+                print("cleaned up", flush=True)
+
+        class Hub(AsyncFireAndTrackBackend):
+            async def initialize(self):
+                await super().initialize()
+                self.set_executor(executor)
+                await self.submit({"id": 1})
+
+        hub = Hub(shutdown_timeout_seconds=600)
+    """
+    with served(tmp_path, source, "--shutdown-timeout", "0.2") as (program, url):
+        until(lambda: httpx.get(f"{url}/tasks/tasks/task/1").json().get("state") == "running")
+        program.interrupt(signal.SIGTERM)
+        finished = program.finish()
+    assert finished.code == 0, finished.err
+    assert "cleaned up" in finished.out
+    assert finished.seconds < 10
+
+
+def test_an_application_of_ones_own_is_served_with_its_lifespan_and_its_hub_is_shut_down(tmp_path: Path) -> None:
+    source = """
+        import asyncio
+        from contextlib import asynccontextmanager
+        from starlette.applications import Starlette
+        from starlette.routing import Mount
+        from pipeline.tasks import TaskCoordinator, create_app
+
+        hub = TaskCoordinator()
+
+        async def work():
+            try:
+                await asyncio.Event().wait()
+            finally:
+                print("cleaned up", flush=True)
+
+        @asynccontextmanager
+        async def lifespan(app):
+            print("begins", flush=True)
+            hub.start_task("a", "b", 1, work)
+            yield
+            print("ends", flush=True)
+
+        app = Starlette(routes=[Mount("/jobs", create_app(hub))], lifespan=lifespan)
+        app.state.hub = hub
+    """
+    with served(tmp_path, source, target="program:app") as (program, url):
+        until(lambda: httpx.get(f"{url}/jobs/tasks/a/b/1").json()["state"] == "running")
+        program.interrupt(signal.SIGTERM)
+        finished = program.finish()
+    assert finished.code == 0, finished.err
+    lines = [line for line in finished.out.splitlines() if not line.startswith("serving")]
+    assert lines == ["begins", "cleaned up", "ends"]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "code", "said"),
+    [
+        ("hub = 17", "program:hub", 2, "17 knows no tasks"),
+        ("async def app(scope, receive, send): ...", "program:app", 2, "must have its hub as app.state.hub"),
+        ("def make(): raise ValueError('no database')", "program:make", 2, "has raised ValueError: no database"),
+        ("def make(): return None", "program:make", 2, "None knows no tasks"),
+    ],
+)
+def test_what_cannot_be_served_is_explained(tmp_path: Path, source: str, target: str, code: int, said: str) -> None:
+    finished = run_program(tmp_path, source, "serve", target, "--port", "0", interpreter=CLI)
+    assert finished.code == code
+    assert said in finished.err
+    assert "serving" not in finished.out
+
+
+def test_a_hub_that_cannot_be_made_ready_ends_the_command(tmp_path: Path) -> None:
+    source = """
+        from pipeline.tasks import AsyncFireAndTrackBackend
+
+        class Broken(AsyncFireAndTrackBackend):
+            async def initialize(self):
+                raise ConnectionError("the database is away")
+
+        hub = Broken()
+    """
+    finished = run_program(tmp_path, source, "serve", "program:hub", "--port", "0", interpreter=CLI)
+    assert finished.code == 1
+    assert "the database is away" in finished.err
+
+
+def test_a_lifespan_that_fails_ends_the_command(tmp_path: Path) -> None:
+    source = """
+        from contextlib import asynccontextmanager
+        from pipeline.tasks import TaskCoordinator, create_app
+
+        @asynccontextmanager
+        async def lifespan(app):
+            raise ValueError("no settings")
+            yield
+
+        app = create_app(TaskCoordinator(), lifespan=lifespan)
+    """
+    finished = run_program(tmp_path, source, "serve", "program:app", "--port", "0", interpreter=CLI)
+    assert finished.code == 1
+    assert "no settings" in finished.err
+    assert "serving" not in finished.out
+
+
+@pytest.mark.parametrize("target", ["hub", "app"])
+def test_a_signal_while_the_hub_is_made_ready_ends_the_command(tmp_path: Path, target: str) -> None:
+    source = """
+        import asyncio
+        from pipeline.tasks import AsyncFireAndTrackBackend, create_app
+
+        class Slow(AsyncFireAndTrackBackend):
+            async def initialize(self):
+                print("waiting", flush=True)
+                await asyncio.Event().wait()
+
+        hub = Slow()
+        app = create_app(hub)
+    """
+    with Program(tmp_path, source, "serve", f"program:{target}", "--port", "0", interpreter=CLI) as program:
+        program.says("waiting")
+        program.interrupt(signal.SIGTERM)
+        assert program.finish().code == 0
+
+
+# --- options
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        finished = run_program(tmp_path, TASKS, "serve", "program:hub", "--port", port, interpreter=CLI)
+    assert finished.code == 1
+    assert f"cannot listen on 127.0.0.1 port {port}" in finished.err
+    assert "--port" in finished.err
+
+
+def test_names_are_served_that_are_allowed_and_the_token_comes_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PENSTOCK_TOKEN", "sesame")
+    with served(tmp_path, TASKS, "--allowed-host", "tasks.example.org", target="program:make") as (program, url):
+        hosts = ["localhost", "a.localhost", "127.0.0.1", "tasks.example.org", "evil.example"]
+        codes = [httpx.get(f"{url}/tasks", headers={"Host": host}).status_code for host in hosts]
+        cancel = f"{url}/tasks/load/busy/1/cancel"
+        answers = [httpx.post(cancel).status_code, httpx.post(cancel, headers={"Authorization": "Bearer sesame"}).status_code]
+        program.interrupt(signal.SIGTERM)
+        assert program.finish().code == 0
+    assert codes == [200, 200, 200, 200, 421]
+    assert answers == [401, 200]
+
+
+def test_a_token_comes_from_a_file_and_one_that_is_missing_is_no_open_door(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("sesame\n")
+    with served(tmp_path, TASKS, "--token-file", "token") as (_, url):
+        assert httpx.get(f"{url}/tasks").json()["token_required"] is True
+    (tmp_path / "empty").write_text("\n")
+    for options, said in (
+        (("--token-file", "nowhere"), "nowhere"),
+        (("--token-file", "empty"), "token_urlsafe"),
+        (("--token-env", "NOT_SET"), "NOT_SET is not set"),
+    ):
+        finished = run_program(tmp_path, TASKS, "serve", "program:hub", "--port", "0", *options, interpreter=CLI)
+        assert finished.code == 2
+        assert said in finished.err
+
+
+def test_it_listens_on_every_address_of_a_host(tmp_path: Path) -> None:
+    with served(tmp_path, TASKS, "--host", "localhost") as (program, url):
+        port = urlsplit(url).port
+        found = {entry[4][0] for entry in socket.getaddrinfo("localhost", port, type=socket.SOCK_STREAM)}
+        for address in found:
+            with socket.create_connection((address, port), LIMIT):
+                pass
+        program.interrupt(signal.SIGTERM)
+        assert program.finish().code == 0
+
+
+def test_a_server_that_others_can_reach_without_a_token_says_so(tmp_path: Path) -> None:
+    with served(tmp_path, TASKS, "--host", "0.0.0.0") as (program, _):
+        until(lambda: "whoever reaches this can cancel tasks" in program.err())
+
+
+def test_a_client_that_leaves_costs_the_server_nothing_more(tmp_path: Path) -> None:
+    source = TASKS + """
+    async def make_app():
+        from starlette.responses import JSONResponse
+        from starlette.routing import Route
+        from pipeline.tasks import create_app
+        from pipeline.tasks.web.sse import streams_of
+
+        async def open_streams(request):
+            return JSONResponse([len(streams_of(hub)), len(asyncio.all_tasks())])
+
+        return create_app(await make(), routes=[Route("/open", open_streams)])
+    """
+    with served(tmp_path, source, target="program:make_app") as (program, url):
+        with httpx.Client(base_url=url) as web:
+            _, before = web.get("/open").json()
+            connections = [open_stream(url) for _ in range(20)]
+            until(lambda: web.get("/open").json()[0] == 20)
+            for connection in connections:
+                connection.close()
+            until(lambda: web.get("/open").json() == [0, before])
+        process = psutil.Process(program.process.pid)
+        until(lambda: len(process.net_connections()) <= 2)
+
+
+def open_stream(url: str) -> socket.socket:
+    parts = urlsplit(url)
+    connection = socket.create_connection((parts.hostname, parts.port), LIMIT)
+    connection.sendall(f"GET /tasks/load/busy/1/events HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n".encode())
+    assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    return connection
