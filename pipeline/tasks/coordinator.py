@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from itertools import chain, islice
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self
@@ -109,9 +110,9 @@ class TaskCoordinator(TaskHub):
     async def list_tasks(self, *, limit: int = 100) -> Sequence[TaskStatus]:
         """The newest tasks, those that are not over first."""
         self._forget_old()
-        running = [running.status() for running in reversed(self._running.values())]
-        ended = [status for status, *_ in reversed(self._ended.values())]
-        return (running + ended)[: max(limit, 0)]
+        running = (running.status() for running in reversed(self._running.values()))
+        ended = (status for status, *_ in reversed(self._ended.values()))
+        return list(islice(chain(running, ended), max(limit, 0)))
 
     async def get_task(self, app: object, name: object, id: object) -> TaskStatus | None:
         """The status of one task; None when it is not known."""

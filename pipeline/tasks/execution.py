@@ -10,7 +10,7 @@ The rules kept here:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 from time import time
@@ -29,12 +29,14 @@ from .data import about_error, readable
 from .events import EventType
 from .graph import stages_of
 from .progress import ProgressReporter
-from .task import StreamTask, TaskContext, Work, check_work, enter_task, leave_task
+from .task import StreamTask, TaskContext, Work, check_work, enter_task, finished, leave_task
 
 __all__ = ["Execution", "TaskEnd"]
 
 _CODE = "task_cancelled"
 """The code of a cancellation that came through asyncio, without a reason."""
+_MOST_REASONS = 100
+"""Reasons that are kept and told; nobody reads more, and somebody may press a button without end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,7 @@ class Execution:
                 armed.callback(trigger.arm(self._heard).disarm)
 
     def _heard(self, reason: CancelReason) -> None:
-        if self._sealed is None:
+        if self._sealed is None and len(self._reasons) < _MOST_REASONS:
             self._reasons.append(reason)
             if self._stop is not None:
                 self._stop(reason)
@@ -172,11 +174,11 @@ class Execution:
         if isinstance(work, Pipeline):
             return await self._run_pipeline(work)
         await self.context.tell(EventType.STARTED, {})
+        if self._reasons:
+            return self._stopped()
         value: Any = None
         error: Exception | None = None
         with Fence() as fence:
-            for reason in self._reasons:  # since we looked
-                fence.cancel(reason)
             self._stop = fence.cancel
             try:
                 value = await self._call(work)
@@ -196,8 +198,8 @@ class Execution:
     async def _call(self, work: Work) -> Any:
         if isinstance(work, StreamTask):
             return await work.run_with(self.context)
-        call = cast("Callable[..., Awaitable[Any]]", work)
-        return await (call(self.context) if self._takes_context else call())
+        call = cast("Callable[..., Any]", work)
+        return await finished(call, call(self.context) if self._takes_context else call())
 
     async def _run_pipeline(self, pipeline: Pipeline[Any]) -> TaskEnd:
         await self.context.tell(EventType.STARTED, {"pipeline": pipeline.name, "stages": stages_of(pipeline)})
@@ -205,18 +207,22 @@ class Execution:
             return self._stopped()
         interrupted: asyncio.CancelledError | None = None
         result: RunReport | Err | None = None
-        self._stop = pipeline.cancel
         try:
             async with ProgressReporter(pipeline, self.context, self._interval):
-                result = await (self._iterate(pipeline) if self._items else pipeline.run())
+                result = await self._run_through(pipeline)
         except asyncio.CancelledError as error:
             interrupted, result = error, result or pipeline.report
-            self._stop = None  # it has stopped
             self._interrupted()
         except Exception as error:  # it could not start, or an item could not be told
             result = Err.of(error)
-        self._stop = None
         return self._end_of_run(result, interrupted)
+
+    async def _run_through(self, pipeline: Pipeline[Any]) -> RunReport | Err:
+        self._stop = pipeline.cancel
+        try:
+            return await (self._iterate(pipeline) if self._items else pipeline.run())
+        finally:
+            self._stop = None  # before a start it would keep the pipeline from starting, and it may be started again
 
     async def _iterate(self, pipeline: Pipeline[Any]) -> RunReport | Err:
         try:
@@ -235,7 +241,8 @@ class Execution:
         report = result.report if isinstance(result, Err) else result
         data = {} if report is None else {"report": readable(report)}
         if isinstance(result, RunReport) and result.outcome == "completed" and interrupted is None:
-            return TaskEnd(EventType.COMPLETED, data["report"], value=result)
+            told = data["report"]
+            return TaskEnd(EventType.COMPLETED, told if isinstance(told, dict) else data, value=result)
         self._reasons[:] = _merged(() if result is None else result.reasons, self._reasons)
         if report is not None and report.outcome == "failed":
             assert isinstance(result, Err)

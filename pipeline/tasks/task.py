@@ -141,6 +141,8 @@ class TaskContext:
         loop = self._loop
         if loop is None or loop is asyncio.get_running_loop():
             await act()
+        elif loop.is_closed():
+            raise TaskOverError(self.key)
         else:  # a thread with a loop of its own
             await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(act(), loop))
 
@@ -245,6 +247,8 @@ def check_work(work: object) -> bool:
         raise TypeError(f"the work is the class {work.__qualname__}; pass an object of it: {work.__qualname__}(...)")
     if not callable(work) or isinstance(work, type):
         raise TypeError(f"a task is a Pipeline, a StreamTask or a coroutine function, not {work!r}")
+    if inspect.isasyncgenfunction(work):
+        raise TypeError(f"the work {work!r} is an async generator, a source and no task: make it Pipeline({work.__name__})")
     if not _is_coroutine_function(work):
         raise TypeError(
             f"the work {work!r} is a plain function, which would hold the event loop; make it `async def`, "
@@ -253,9 +257,20 @@ def check_work(work: object) -> bool:
     return _takes_context(work)
 
 
+async def finished(function: object, result: Any) -> Any:
+    """What a function has returned, awaited; a pipeline or `StreamTask` as it is. Raises TypeError for other things."""
+    if inspect.isawaitable(result):
+        return await result
+    if isinstance(result, (Pipeline, StreamTask)):
+        return result
+    raise TypeError(f"{function!r} has returned {result!r}; make it `async def`, or return a Pipeline or a StreamTask")
+
+
 def _is_coroutine_function(work: Callable[..., Any]) -> bool:
     while isinstance(work, partial):
         work = work.func
+    if getattr(work, "__name__", None) == "<lambda>":
+        return True  # `lambda: fetch(url)`; what it returns is looked at when it has
     return inspect.iscoroutinefunction(work) or inspect.iscoroutinefunction(getattr(work, "__call__", None))  # noqa: B004
 
 

@@ -6,17 +6,15 @@ Its failure is the task's: it is logged and told to those who watch it, never ra
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 from uuid import uuid4
 
 from ...observe.logs import get_logger
-from ...pipeline import Pipeline
 from ..events import TaskKey
 from ..status import TaskHub
-from ..task import StreamTask
+from ..task import finished
 
 __all__ = ["Executor", "Submitted", "TaskBackend", "key_of"]
 
@@ -91,9 +89,4 @@ class Submitted:
         self._task = task
 
     async def __call__(self) -> Any:
-        result = self._executor(self._task)
-        if inspect.isawaitable(result):
-            return await result
-        if isinstance(result, (Pipeline, StreamTask)):
-            return result
-        raise TypeError(f"the executor {self._executor!r} has returned {result!r}; make it `async def`, or return a Pipeline or a StreamTask")
+        return await finished(self._executor, self._executor(self._task))
