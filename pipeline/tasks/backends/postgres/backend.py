@@ -121,6 +121,10 @@ class PostgresTaskBackend(TaskBackend):
         return self._opened().queue.app
 
     @property
+    def has_executor(self) -> bool:
+        return self._executor is not None
+
+    @property
     def inflight_count(self) -> int:
         """Tasks that the worker of this process is at."""
         return 0 if self._worker is None else self._worker.running
@@ -260,11 +264,12 @@ class PostgresTaskBackend(TaskBackend):
 
     # --- working
 
-    async def work(self, *, concurrency: int = 1, grace: float = 5.0) -> None:
+    async def work(self, *, concurrency: int = 1, grace: float = 5.0) -> Sequence[TaskKey]:
         """Do tasks, `concurrency` at once, until `stop()`, `shutdown()` or a cancellation.
 
         Then nothing more is taken; what runs may end within `grace` seconds, and what is left is stopped and given back to
-        the queue for another worker, as a further attempt that does not count as lost. One `work()` at a time.
+        the queue for another worker, as a further attempt that does not count as lost. Returns
+        the keys of tasks whose work did not stop and was left behind. One `work()` at a time.
         """
         if self._executor is None:
             raise RuntimeError("a worker has nothing to do tasks with; call backend.set_executor(function) first")
@@ -290,8 +295,8 @@ class PostgresTaskBackend(TaskBackend):
         assert working is not None
         opened.working.add(working)
         try:
-            await opened.listener.ready.wait()  # present before the first job, or the sweeper takes it for lost
-            await worker.run(concurrency=concurrency, grace=grace)
+            await worker.run(opened.listener.ready, concurrency=concurrency, grace=grace)
+            return worker.stuck
         finally:
             opened.working.discard(working)
             self._worker = None

@@ -9,14 +9,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import signal
+import sys
+import threading
 from typing import Any
 
+from ....loops import run_on
 from ....observe.logs import get_logger
 from ...targets import TargetError, load_target, make_target
 from .backend import PostgresTaskBackend
 
 __all__ = ["add_arguments", "run"]
+
+_LEAVING = 1.0
+"""Seconds for threads to end, when all else has."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Work until a signal comes; the exit code, see `pipeline.cli`."""
     target = load_target(args.target)
-    return asyncio.run(_run(target, args))
+    # Not asyncio.run(), which would wait for work that does not stop.
+    return _leave(run_on(asyncio.new_event_loop, _run(target, args), on_interrupt=lambda _: os._exit(130)))
 
 
 async def _run(target: Any, args: argparse.Namespace) -> int:
@@ -43,7 +51,16 @@ async def _run(target: Any, args: argparse.Namespace) -> int:
     backend = backend if isinstance(backend, PostgresTaskBackend) else getattr(backend, "hub", backend)
     if not isinstance(backend, PostgresTaskBackend):
         raise TargetError(f"{args.target!r} is {backend!r}; a worker needs a PostgresTaskBackend")
+    if not backend.has_executor:
+        raise TargetError(
+            f"{args.target!r} has nothing to do tasks with; call its set_executor(function) in that module"
+        )
     received: list[signal.Signals] = []
+    try:
+        await backend.initialize()
+    except (ConnectionError, RuntimeError) as error:
+        sys.stderr.write(f"penstock worker: {error}\n")
+        return 1
     async with backend:
         loop = asyncio.get_running_loop()
 
@@ -59,8 +76,23 @@ async def _run(target: Any, args: argparse.Namespace) -> int:
                 loop.add_signal_handler(signum, heard, signum)
                 handlers.callback(loop.remove_signal_handler, signum)
             get_logger().info("worker begins", worker=backend.settings.name, queue=backend.settings.queue)
-            await backend.work(concurrency=args.concurrency, grace=args.grace)
+            stuck = await backend.work(concurrency=args.concurrency, grace=args.grace)
+    if stuck:
+        get_logger().error("tasks did not stop and were left behind", tasks=[str(key) for key in stuck])
+        return 1
     return 130 if received and received[0] is signal.SIGINT else 0
+
+
+def _leave(code: int) -> int:
+    """End the process, though work that was left behind may have threads that never end."""
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
+    for thread in others:
+        thread.join(_LEAVING / len(others))
+    if any(thread.is_alive() for thread in others):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 1)
+    return code
 
 
 def _at_least_one(text: str) -> int:

@@ -14,10 +14,11 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import psycopg
-import structlog
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
+
+from ....observe.logs import get_logger
 
 __all__ = ["AWAY", "Backoff", "Connection", "Database", "check_dsn", "in_one_line", "is_away"]
 
@@ -28,8 +29,6 @@ Connection: TypeAlias = psycopg.AsyncConnection[Any]
 AWAY = (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError)
 """What is raised while the server cannot be reached, is starting, or has ended a connection."""
 _CHANNEL = "penstock"
-
-_log = structlog.get_logger("penstock")
 
 
 def check_dsn(dsn: object) -> str:
@@ -164,7 +163,9 @@ class Database:
                 if not is_away(error) or (self._deadline is not None and time.monotonic() > self._deadline):
                     raise
                 if not told:
-                    _log.warning("the database is away; trying again", database=self.place, error=in_one_line(error))
+                    get_logger().warning(
+                        "the database is away; trying again", database=self.place, error=in_one_line(error)
+                    )
                     told = True
             await backoff.wait()
 

@@ -107,13 +107,15 @@ class Journal:
     # --- writing
 
     async def _run(self) -> None:
-        while True:
-            async with self._changed:
-                await self._changed.wait_for(lambda: self._closed or bool(self._waiting))
-            if self._closed:
-                return
-            await asyncio.sleep(_DELAY)
-            await self.write_waiting()
+        try:
+            while not self._closed:
+                async with self._changed:
+                    await self._changed.wait_for(lambda: self._closed or bool(self._waiting))
+                if not self._closed:
+                    await asyncio.sleep(_DELAY)
+                    await self.write_waiting()
+        except Exception as error:  # the work must not wait for a journal that does not write any more
+            await self._lose(CancelReason(f"its events cannot be written: {error!r}", CancelType.ERROR, "not_written"))
 
     async def write_waiting(self) -> None:
         """Write what waits, now."""
@@ -125,7 +127,7 @@ class Journal:
                 written = await self._store.write(self._claim, self._seq, events, saved=saved)
             except psycopg.Error as error:
                 await self._lose(
-                    CancelReason(f"the database refuses its events: {error}", CancelType.ERROR, "not_written")
+                    CancelReason(f"its events cannot be written: {error}", CancelType.ERROR, "not_written")
                 )
                 return
             if written.outcome == "superseded":

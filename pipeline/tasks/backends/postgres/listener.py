@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import psycopg
+
 from ....observe.logs import get_logger
 from .database import AWAY, Backoff, Connection, Database, in_one_line
 
@@ -51,7 +53,7 @@ class Listener:
                     await self._prepare(connection)
                     backoff = Backoff()
                     await self._listen(connection)
-            except AWAY as error:
+            except (*AWAY, psycopg.Error) as error:
                 get_logger().warning(
                     "not connected to the database; trying again",
                     database=self._database.place,

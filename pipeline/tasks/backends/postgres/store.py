@@ -302,8 +302,8 @@ def as_json(data: Any) -> str:
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
 
-def _reasons(told: Sequence[Mapping[str, Any]]) -> tuple[CancelReason, ...]:
-    return tuple(CancelReason.from_dict(one) for one in told)
+def _reasons(told: Sequence[Mapping[str, Any]] | None) -> tuple[CancelReason, ...]:
+    return tuple(CancelReason.from_dict(one) for one in told or ())
 
 
 def _status(row: Mapping[str, Any]) -> TaskStatus:

@@ -11,8 +11,10 @@ import asyncio
 from procrastinate import JobContext
 from procrastinate.exceptions import JobAborted
 from procrastinate.job_context import AbortReason
+from procrastinate.utils import wait_any
 
 from ....observe.logs import get_logger
+from ...events import TaskKey
 from .attempt import Attempt, AttemptOptions
 from .database import AWAY, Database
 from .queue import Queue
@@ -35,6 +37,8 @@ class Worker:
         self._attempts: set[Attempt] = set()
         self._stopping = asyncio.Event()
         self._now = asyncio.Event()
+        self.stuck: list[TaskKey] = []
+        """Tasks whose work did not stop, and was left behind."""
 
     @property
     def running(self) -> int:
@@ -62,8 +66,9 @@ class Worker:
         for attempt in self._attempts:
             attempt.look()
 
-    async def run(self, *, concurrency: int, grace: float) -> None:
-        """Work until it is stopped; cancelling does that, too."""
+    async def run(self, present: asyncio.Event, *, concurrency: int, grace: float) -> None:
+        """Work until it is stopped; cancelling does that, too. It begins when it is `present`, or the sweeper would take it for lost."""
+        await wait_any(present.wait(), self._stopping.wait())
         beats = asyncio.create_task(self._beat(), name="heartbeat")
         cancelled: asyncio.CancelledError | None = None
         try:
@@ -102,6 +107,8 @@ class Worker:
         finally:
             self._attempts.discard(doing)
         running.result()
+        if doing.stuck and doing.claim is not None:
+            self.stuck.append(doing.claim.key)
         if doing.cancelled:
             raise JobAborted
 
