@@ -19,12 +19,13 @@ from typing import Any, cast
 from ..cancellation.fence import Fence
 from ..cancellation.reason import CancelReason, CancelType
 from ..cancellation.signals import running_loop
-from ..cancellation.triggers import TimeoutTrigger, Trigger
+from ..cancellation.triggers import TimeoutTrigger, Trigger, TriggerHandle
 from ..errors import PipelineStopped
 from ..iteration import stopped
+from ..observe.logs import get_logger
 from ..pipeline import Pipeline
 from ..report import RunReport
-from ..result import Err
+from ..result import Err, describe
 from .data import about_error, readable
 from .events import EventType
 from .graph import stages_of
@@ -153,7 +154,13 @@ class Execution:
             if reason is not None:
                 self._heard(reason)
             else:
-                armed.callback(trigger.arm(self._heard).disarm)
+                armed.callback(self._disarm, trigger.arm(self.cancel))
+
+    def _disarm(self, handle: TriggerHandle) -> None:
+        try:
+            handle.disarm()
+        except Exception as error:  # a trigger of somebody's own; how the work has ended stays as it is
+            get_logger(task=str(self.context.key)).error("a trigger could not be disarmed", error=describe(error))
 
     def _heard(self, reason: CancelReason) -> None:
         if self._sealed is None and len(self._reasons) < _MOST_REASONS:
