@@ -6,6 +6,7 @@ is ready.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import signal
 import socket
@@ -17,6 +18,10 @@ import psutil
 import pytest
 from helpers import LIMIT, Program, alive, run_program, until
 from serving import CLI, Sent, events_in, served
+
+from pipeline.tasks import TaskCoordinator, create_app
+from pipeline.tasks.targets import TargetError
+from pipeline.tasks.web.serve import add_arguments, application, token_of
 
 TASKS = """
     import asyncio
@@ -285,20 +290,57 @@ def test_an_application_of_ones_own_is_served_with_its_lifespan_and_its_hub_is_s
     assert lines == ["begins", "cleaned up", "ends"]
 
 
+def arguments(*options: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(["program:it", *options])
+
+
+async def app_without_hub(scope: object, receive: object, send: object) -> None: ...
+
+
 @pytest.mark.parametrize(
-    ("source", "target", "code", "said"),
+    ("target", "said"),
     [
-        ("hub = 17", "program:hub", 2, "17 knows no tasks"),
-        ("async def app(scope, receive, send): ...", "program:app", 2, "must have its hub as app.state.hub"),
-        ("def make(): raise ValueError('no database')", "program:make", 2, "has raised ValueError: no database"),
-        ("def make(): return None", "program:make", 2, "None knows no tasks"),
+        (17, "'program:it': 17 knows no tasks"),
+        (None, "None knows no tasks"),
+        (app_without_hub, "must have its hub as app.state.hub"),
+        (TaskCoordinator, r"an object of it, TaskCoordinator\(\.\.\.\)"),
     ],
 )
-def test_what_cannot_be_served_is_explained(tmp_path: Path, source: str, target: str, code: int, said: str) -> None:
-    finished = run_program(tmp_path, source, "serve", target, "--port", "0", interpreter=CLI)
-    assert finished.code == code
-    assert said in finished.err
-    assert "serving" not in finished.out
+def test_what_cannot_be_served_is_explained(target: object, said: str) -> None:
+    with pytest.raises(TargetError, match=said):
+        application(target, arguments(), None)
+
+
+@pytest.mark.parametrize(
+    ("options", "token", "said"),
+    [
+        ((), "\n", "token_urlsafe"),
+        (("--allowed-host", "https://example.org"), None, "--allowed-host: .* without scheme and port"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_explained(options: tuple[str, ...], token: str | None, said: str) -> None:
+    with pytest.raises(TargetError, match=said):
+        application(TaskCoordinator(), arguments(*options), token)
+
+
+def test_a_token_for_an_application_of_ones_own_is_refused_and_not_forgotten(tmp_path: Path) -> None:
+    app = create_app(TaskCoordinator())
+    with pytest.raises(TargetError, match=r"create_app\(token=…\)"):
+        application(app, arguments("--token-file", str(tmp_path)), "sesame")
+
+
+def test_a_token_comes_from_where_it_was_said_and_one_that_is_missing_is_no_open_door(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("sesame\n")
+    (tmp_path / "empty").write_text("\n")
+    assert token_of(arguments("--token-file", str(tmp_path / "token")), {"PENSTOCK_TOKEN": "other"}) == "sesame"
+    assert token_of(arguments("--token-env", "MINE"), {"MINE": "sesame", "PENSTOCK_TOKEN": "other"}) == "sesame"
+    assert token_of(arguments(), {"PENSTOCK_TOKEN": "sesame"}) == "sesame"
+    assert token_of(arguments(), {}) is None
+    for options in (("--token-file", str(tmp_path / "nowhere")), ("--token-file", str(tmp_path / "empty")), ("--token-env", "MINE")):
+        with pytest.raises(TargetError, match=options[0]):
+            token_of(arguments(*options), {"MINE": ""})
 
 
 def test_a_hub_that_cannot_be_made_ready_ends_the_command(tmp_path: Path) -> None:
@@ -379,21 +421,6 @@ def test_names_are_served_that_are_allowed_and_the_token_comes_from_the_environm
         assert program.finish().code == 0
     assert codes == [200, 200, 200, 200, 421]
     assert answers == [401, 200]
-
-
-def test_a_token_comes_from_a_file_and_one_that_is_missing_is_no_open_door(tmp_path: Path) -> None:
-    (tmp_path / "token").write_text("sesame\n")
-    with served(tmp_path, TASKS, "--token-file", "token") as (_, url):
-        assert httpx.get(f"{url}/tasks").json()["token_required"] is True
-    (tmp_path / "empty").write_text("\n")
-    for options, said in (
-        (("--token-file", "nowhere"), "nowhere"),
-        (("--token-file", "empty"), "token_urlsafe"),
-        (("--token-env", "NOT_SET"), "NOT_SET is not set"),
-    ):
-        finished = run_program(tmp_path, TASKS, "serve", "program:hub", "--port", "0", *options, interpreter=CLI)
-        assert finished.code == 2
-        assert said in finished.err
 
 
 def test_it_listens_on_every_address_of_a_host(tmp_path: Path) -> None:

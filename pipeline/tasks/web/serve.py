@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         from .server import Service
     except ImportError as error:
         raise ImportError("penstock serve needs uvicorn and Starlette: pip install 'penstock[web]'") from error
-    token = _token(args, os.environ)
+    token = token_of(args, os.environ)
     target = load_target(args.target)
     try:
         sockets = listen(args.host, args.port)
@@ -117,12 +117,16 @@ def _hub_of_app(target: Any) -> object | None:
     return getattr(getattr(target, "state", None), "hub", None) if callable(target) else None
 
 
-def _token(args: argparse.Namespace, environment: Mapping[str, str]) -> str | None:
+def token_of(args: argparse.Namespace, environment: Mapping[str, str]) -> str | None:
+    """The token that cancelling needs, None for none. Raises `TargetError` when one was meant that is not there."""
     if args.token_file is not None:
         try:
-            return args.token_file.read_text().strip()
+            token = args.token_file.read_text().strip()
         except (OSError, ValueError) as error:
             raise TargetError(f"--token-file {args.token_file}: {error}") from None
+        if not token:
+            raise TargetError(f"--token-file {args.token_file}: the file is empty")
+        return token
     if args.token_env is not None and not environment.get(args.token_env):
         raise TargetError(f"--token-env: the environment variable {args.token_env} is not set")
     return environment.get(args.token_env or _TOKEN) or None

@@ -45,7 +45,12 @@ function took(told, etag) {
   tokenNeeded = told.token_required;
   list.tasks = told.tasks;
   const row = task && told.tasks.find((one) => keyOf(one) === task.key);
-  if (row && (row.state !== task.status?.state || row.attempt !== task.status?.attempt || row.seq < task.status?.seq)) refresh(task);
+  if (row && isNews(row, task)) refresh(task);
+}
+
+// Whether the list knows something of a task that its events do not tell: it is asked to stop, or started again.
+function isNews(row, { status, ended, follower }) {
+  return row.state !== status?.state || row.attempt !== status.attempt || row.seq < status.seq || (ended && row.seq > follower.last);
 }
 
 function connected(how) {
@@ -212,7 +217,7 @@ async function cancel(submitted) {
     const told = await response.json();
     if (response.status === 401) refused(told.error);
     else if (!response.ok) say(told.error);
-    else cancelled(told.cancelled);
+    else cancelled(chosen, told.cancelled);
   } catch {
     say("The server could not be reached. Nothing was cancelled.");
   }
@@ -225,8 +230,8 @@ function refused(why) {
   $("token").focus();
 }
 
-function cancelled(was) {
-  say(was ? "Asked to stop; it is cleaning up." : "It was over already.");
+function cancelled(chosen, was) {
+  if (!chosen.ended) say(was ? "Asked to stop; it is cleaning up." : "It was over already.");
   if (was) $("reason").value = "";
   if (tokenNeeded) sessionStorage.setItem("token", $("token").value);
 }
