@@ -186,7 +186,7 @@ def test_a_pipeline_that_ends_right_after_submitting_still_has_its_tasks_done(sc
     submit(scheduler, few)
     closing = threading.Thread(target=scheduler.close)
     closing.start()
-    until(scheduler.shutdown_started)
+    until(lambda: scheduler._closing)
     few.under_lock(scheduler)
     few.end.set()
     closing.join(LIMIT)
