@@ -424,9 +424,11 @@ async def test_tasks_that_are_over_are_kept_by_number_and_age() -> None:
 
 
 async def test_tasks_that_are_over_are_kept_as_long_as_their_events_take_little(coordinator: TaskCoordinator) -> None:
+    large_text = "x" * 1_000_000
+
     async def large(context: TaskContext) -> None:
         for _ in range(15):
-            await context.item("x" * 1_000_000)
+            await context.item(large_text)
 
     for n in range(6):
         await coordinator.start_task("shop", "Import", n, large).wait()

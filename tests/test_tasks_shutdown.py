@@ -84,6 +84,8 @@ async def test_what_does_not_stop_is_named_and_left_behind_in_time(capsys: pytes
     assert deaf.context is not None
     with pytest.raises(TaskOverError, match="task shop/Import/7 is over"):
         await deaf.context.progress(1)
+    with pytest.raises(TaskOverError):
+        await deaf.context.save({"at": 5})
     deaf.opened.set()
     await asyncio.wait([stuck.task])
     assert types(await everything(coordinator)) == ["started", "cancelled"]

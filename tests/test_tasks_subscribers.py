@@ -68,7 +68,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(steps)
 def test_whatever_the_order_everybody_sees_what_is_promised(steps: list[tuple[str, Any, Any]]) -> None:
     asyncio.run(follow(steps))

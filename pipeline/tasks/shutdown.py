@@ -68,7 +68,6 @@ class SignalledShutdown:
         self._fence = Fence()
         self._handle = TriggerHandle()
         self._tasks: list[asyncio.Task[None]] = []
-        self._leaving = False
         self.reasons: list[CancelReason] = []
         """The signals that have come."""
 
@@ -81,7 +80,6 @@ class SignalledShutdown:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         late: asyncio.CancelledError | None = None
-        self._leaving = True
         while any(not task.done() for task in self._tasks):  # the block has ended by itself meanwhile
             try:
                 await asyncio.wait(self._tasks)
@@ -111,5 +109,4 @@ class SignalledShutdown:
             if self.report is None or report.stuck:
                 self.report = report
         finally:
-            if not self._leaving:
-                self._fence.cancel(reason)
+            self._fence.cancel(reason)
