@@ -12,6 +12,7 @@ import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -23,12 +24,14 @@ from ....observe.logs import get_logger
 __all__ = ["AWAY", "Backoff", "Connection", "Database", "check_dsn", "in_one_line", "is_away"]
 
 T = TypeVar("T")
+
+_IDLE = 0.5
+"""Seconds for which a connection that was found alive is taken to be so."""
 Connection: TypeAlias = psycopg.AsyncConnection[Any]
 """`Any`: its rows are dicts."""
 
 AWAY = (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError)
 """What is raised while the server cannot be reached, is starting, or has ended a connection."""
-_CHANNEL = "penstock"
 
 
 def check_dsn(dsn: object) -> str:
@@ -82,12 +85,13 @@ class Database:
         )
         self._timeout = connect_timeout
         self._deadline: float | None = None
+        self._checked = WeakKeyDictionary[Connection, float]()
         self.pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
             self._dsn,
             connection_class=psycopg.AsyncConnection[Any],
             kwargs={"row_factory": dict_row},
             configure=_configure,
-            check=_check,
+            check=self._check,
             min_size=1,
             max_size=max_size,
             timeout=connect_timeout,
@@ -102,6 +106,13 @@ class Database:
         if problem is not None:  # raised here, for psycopg's errors keep the socket
             raise ConnectionError(f"cannot reach PostgreSQL, {self.place}: {problem}")
         await self.pool.open()
+
+    async def _check(self, connection: Connection) -> None:
+        """Whether a connection that was idle for a while is still one: a restart of the server ends it."""
+        now = time.monotonic()
+        if now - self._checked.get(connection, 0.0) > _IDLE:
+            await AsyncConnectionPool.check_connection(connection)
+            self._checked[connection] = now
 
     async def _problem(self) -> str | None:
         try:
@@ -175,10 +186,6 @@ def is_away(error: BaseException) -> bool:
     if isinstance(error, (psycopg.errors.UndefinedTable, psycopg.errors.QueryCanceled, psycopg.errors.DiskFull)):
         return False
     return isinstance(error, AWAY) or (error.__cause__ is not None and is_away(error.__cause__))
-
-
-async def _check(connection: Connection) -> None:
-    await AsyncConnectionPool.check_connection(connection)
 
 
 async def _configure(connection: Connection) -> None:

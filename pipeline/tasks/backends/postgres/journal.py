@@ -48,6 +48,7 @@ class Journal:
         self._bytes = 0
         self._saved: str | None = None
         self._closed = False
+        self._ending = asyncio.Event()
         self._writing = asyncio.Lock()
         self._changed = asyncio.Condition()
         self._told = self._written = 0  # counts what was to be written, and what was
@@ -111,8 +112,10 @@ class Journal:
             while not self._closed:
                 async with self._changed:
                     await self._changed.wait_for(lambda: self._closed or bool(self._waiting))
-                if not self._closed:
-                    await asyncio.sleep(_DELAY)
+                try:
+                    async with asyncio.timeout(_DELAY):
+                        await self._ending.wait()
+                except TimeoutError:
                     await self.write_waiting()
         except Exception as error:  # the work must not wait for a journal that does not write any more
             await self._lose(CancelReason(f"its events cannot be written: {error!r}", CancelType.ERROR, "not_written"))
@@ -178,6 +181,7 @@ class Journal:
 
     async def _close(self) -> None:
         self._closed = True
+        self._ending.set()
         async with self._changed:
             self._changed.notify_all()
 

@@ -37,7 +37,8 @@ create table penstock_tasks (
     ended timestamp with time zone,
     unique (app, name, key)
 );
-create index penstock_tasks_active on penstock_tasks (id) where state in ('queued', 'running', 'cancelling');
+create index penstock_tasks_running on penstock_tasks (id) where state in ('running', 'cancelling');
+create index penstock_tasks_queued on penstock_tasks (id) where state = 'queued';
 create index penstock_tasks_listed on penstock_tasks ((ended is null) desc, created desc);
 create index penstock_tasks_ended on penstock_tasks (ended) where ended is not null;
 

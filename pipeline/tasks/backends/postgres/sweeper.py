@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from itertools import count
 from typing import Any
 
 import psycopg
@@ -31,26 +32,29 @@ _TAKEN = 5.0
 _SURE = 0.2
 """Seconds for which a worker has been gone when it is believed: its connection may only have been lost."""
 
-_FIND = f"""
+_ASTRAY = 10
+"""Each how many sweeps tasks that wait are looked at, too: that costs a look at each of them."""
+
+_COLUMNS = """t.id, t.run, t.attempt, t.state, t.worker, t.lost, t.max_attempts, t.app, t.name, t.key, j.status::text as job
+    from penstock_tasks t left join procrastinate_jobs j on j.id = t.job"""
+_IS_FROZEN = "greatest(t.beat, pg_postmaster_start_time()) < now() - make_interval(secs => %(heartbeat)s)"
+_FIND_LOST = f"""
     with alive as materialized (
         select objid::bigint as presence from pg_locks
         where locktype = 'advisory' and classid = {PRESENCE} and objsubid = 2 and granted
           and database = (select oid from pg_database where datname = current_database())
     )
-    select t.id, t.run, t.attempt, t.state, t.worker, t.lost, t.max_attempts, t.app, t.name, t.key,
-        j.status::text as job, t.reasons <> '[]' as asked,
-        case when t.state = 'queued' then 'astray'
-             when greatest(t.beat, pg_postmaster_start_time()) < now() - make_interval(secs => %(heartbeat)s) then 'frozen'
-             else 'gone' end as why
-    from penstock_tasks t left join procrastinate_jobs j on j.id = t.job
-    where t.state in ('queued', 'running', 'cancelling') and case t.state
-        when 'queued' then coalesce(j.status::text, 'missing') <> 'todo' and not exists (
-            select from procrastinate_events e where e.job_id = j.id and j.status = 'doing' and e.type = 'started'
+    select case when {_IS_FROZEN} then 'frozen' else 'gone' end as why, {_COLUMNS}
+    where t.state in ('running', 'cancelling') and (
+        {_IS_FROZEN} or (now() - pg_postmaster_start_time() > make_interval(secs => {_RECONNECT})
+            and not exists (select from alive where alive.presence = t.presence)))
+    order by t.id limit 100 for update of t skip locked
+"""
+_FIND_ASTRAY = f"""
+    select 'astray' as why, {_COLUMNS}
+    where t.state = 'queued' and coalesce(j.status::text, 'missing') <> 'todo' and not exists (
+        select from procrastinate_events e where e.job_id = j.id and j.status = 'doing' and e.type = 'started'
             and e.at > now() - make_interval(secs => {_TAKEN}))
-        else greatest(t.beat, pg_postmaster_start_time()) < now() - make_interval(secs => %(heartbeat)s)
-            or (now() - pg_postmaster_start_time() > make_interval(secs => {_RECONNECT})
-                and not exists (select from alive where alive.presence = t.presence))
-        end
     order by t.id limit 100 for update of t skip locked
 """
 
@@ -65,6 +69,7 @@ class Sweeper:
         self._heartbeat = heartbeat
         self._suspects: dict[tuple[int, int, int], float] = {}
         """Attempts whose worker seems to be gone, and since when."""
+        self._nth = count()
 
     async def run(self) -> None:
         while True:
@@ -83,9 +88,11 @@ class Sweeper:
             row = await cursor.fetchone()
             if row is None or not row["ours"]:
                 return 0
-            cursor = await connection.execute(_FIND.encode(), {"heartbeat": self._heartbeat})
-            found = await cursor.fetchall()
-            sure = self._only_sure(found)
+            cursor = await connection.execute(_FIND_LOST.encode(), {"heartbeat": self._heartbeat})
+            sure = self._only_sure(await cursor.fetchall())
+            if next(self._nth) % _ASTRAY == 0:
+                cursor = await connection.execute(_FIND_ASTRAY.encode())
+                sure += await cursor.fetchall()
             for lost in sure:
                 await self._see_to(connection, lost)
         for lost in sure:
