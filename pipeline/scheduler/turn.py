@@ -12,13 +12,15 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+from .shield import lower_shield, raise_shield
+
 __all__ = ["Turn"]
 
 
 class Turn:
     """`with turn, turn.lock:` is a turn; the lock goes first, then what was left meanwhile is done.
 
-    The lock itself is written down because only `with` of a lock in C is safe from a Ctrl-C that comes in between.
+    In the main thread a Ctrl-C waits until the turn is over.
     """
 
     __slots__ = ("after", "left", "lock")
@@ -31,15 +33,16 @@ class Turn:
         """What is to be done when it is free again, in any thread."""
 
     def __enter__(self) -> None:
-        pass
+        raise_shield()
 
     def __exit__(self, *_: object) -> None:
         self.catch_up()
+        lower_shield()
 
     def leave(self, work: Callable[[], object]) -> None:
         """To be done in a turn, this one or another's; it raises nothing. Any thread, any moment."""
-        self.left.append(work)
-        self.catch_up()
+        with self:
+            self.left.append(work)
 
     def catch_up(self) -> None:
         """After a turn: do what was left, if nobody else is about to; then what comes after it."""
