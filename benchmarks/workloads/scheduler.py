@@ -1,11 +1,14 @@
-"""Staged pipelines under a scheduler: tasks that do nothing, in waves, with resources.
+"""Staged pipelines under a scheduler: tasks that do nothing, with resources.
 
-`waves` is how stagegate's guide says that a pipeline is written: a wave of tasks, a wait, the next stage. `pairs` is the
-example of its README: two tasks, a wait, one that combines them.
+`waves` is how stagegate's guide says that a pipeline is written ("The Core Mental Model"): a wave of tasks, a wait, the next
+stage. `pairs` is the example of its README: two tasks, a wait, one that combines them. It ships no benchmark of its own.
+`stream` is the second of its use cases: results are taken as they come. `wide` and `chain` are the two ends: a thousand tasks
+that nothing holds up but the workers, and tasks that each wait for the one before, where threads change places twice a task.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import FIRST_COMPLETED
 from functools import partial
 from typing import Any
 
@@ -14,7 +17,7 @@ from ..model import Bar, Workload
 
 __all__ = ["WORKLOADS"]
 
-_STAGES, _WIDTH = 3, 20
+_STAGES, _WIDTH, _MANY = 3, 20, 1000
 
 
 def _ours() -> tuple[type[Any], type[Any]]:
@@ -56,6 +59,29 @@ def _pairs(pipeline: Any) -> int:
     return pipeline.task(_sum, resources={"cpu": 4, "mem": 16}, args=(*values, 1)).run().result()
 
 
+def _stream(pipeline: Any) -> int:
+    pending = {pipeline.task(_one, resources={"cpu": 2}).run() for _ in range(_WIDTH)}
+    total = 0
+    while pending:
+        done, pending = pipeline.wait(pending, return_when=FIRST_COMPLETED)  # the same text in both libraries
+        total += sum(handle.result() for handle in done)
+    return total
+
+
+def _wide(pipeline: Any) -> int:
+    handles = [pipeline.task(_one, resources={"cpu": 1}).run() for _ in range(_MANY)]
+    pipeline.wait(handles)
+    return sum(handle.result() for handle in handles)
+
+
+def _chain(pipeline: Any) -> int:
+    total = 0
+    for _ in range(_WIDTH):
+        total += pipeline.task(_one, resources={"cpu": 1}).run().result()
+        pipeline.stage_forward()
+    return total
+
+
 def _run(library: Any, body: Any, tasks: int, n: int) -> Tally:
     scheduler_type, pipeline_type = library()
     kind = type("Measured", (pipeline_type,), {"run": body})
@@ -65,9 +91,9 @@ def _run(library: Any, body: Any, tasks: int, n: int) -> Tally:
     return Tally(total)
 
 
-def _cells(body: Any, tasks: int) -> dict[str, Timed]:
+def _cells(body: Any, tasks: int, base: int = 4) -> dict[str, Timed]:
     return {
-        name: Timed(run=partial(_run, library, body, tasks), expected=Tally, base=4 * tasks, step=tasks, seconds=0.2)
+        name: Timed(run=partial(_run, library, body, tasks), expected=Tally, base=base * tasks, step=tasks, seconds=0.2)
         for name, library in {"penstock": _ours, "stagegate": _stagegate}.items()
     }
 
@@ -85,6 +111,24 @@ WORKLOADS = [
         title="staged pipelines: two tasks, a wait, one that combines them, 4 workers",
         cells=_cells(_pairs, 3),
         bars=(Bar(against="stagegate", required=5.0),),
+        loop=False,
+    ),
+    Workload(
+        name="scheduler-stream",
+        title="staged pipelines: 20 tasks, results as they come, 4 workers",
+        cells=_cells(_stream, _WIDTH),
+        loop=False,
+    ),
+    Workload(
+        name="scheduler-wide",
+        title="staged pipelines: 1,000 tasks at once, 4 workers",
+        cells=_cells(_wide, _MANY, base=1),
+        loop=False,
+    ),
+    Workload(
+        name="scheduler-chain",
+        title="staged pipelines: 20 tasks one after the other, 4 workers",
+        cells=_cells(_chain, _WIDTH),
         loop=False,
     ),
 ]

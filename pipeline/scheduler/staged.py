@@ -57,7 +57,7 @@ class StagedPipeline:
         return TaskBuilder(
             self,
             fn,
-            _copy_of(resources, "resources is a mapping such as {'cpu': 1}") if resources is not None else {},
+            dict(resources) if type(resources) is dict else _copy_of(resources, "resources is a mapping such as {'cpu': 1}"),
             args if type(args) is tuple else _tuple(args),
             _copy_of(kwargs, "kwargs is a mapping of names to arguments") if kwargs is not None else None,
             name,
@@ -95,7 +95,9 @@ class StagedPipeline:
 
 
 def _copy_of(given: Any, what: str) -> dict[Any, Any]:
-    if type(given) is not dict and not isinstance(given, Mapping):
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
         raise TypeError(f"{what}, not {given!r}")
     return dict(cast("Mapping[Any, Any]", given))
 
