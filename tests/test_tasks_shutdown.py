@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import Program, eventually
+from helpers import Program, turns
 from tasking import KEY, Deaf, Held, all_of, everything, messages, types
 
 from pipeline import CancelReason, CancelType
@@ -26,9 +26,10 @@ async def nothing() -> None:
 
 
 async def test_a_shutdown_cancels_everything_with_one_reason_and_waits_for_the_cleanup() -> None:
-    coordinator, cleaned = TaskCoordinator(), list[str]()
+    coordinator, began, cleaned = TaskCoordinator(), asyncio.Barrier(4), list[str]()
 
     async def work(context: TaskContext) -> None:
+        await began.wait()
         try:
             await asyncio.Event().wait()
         finally:
@@ -38,7 +39,8 @@ async def test_a_shutdown_cancels_everything_with_one_reason_and_waits_for_the_c
     for n in range(3):
         coordinator.start_task("shop", "Import", n, work)
     clients = [all_of(coordinator, ("shop", "Import", n)) for n in range(3)]
-    await eventually(lambda: all(r.status().state == "running" for r in coordinator._running.values()))
+    await began.wait()
+    await turns()
     report = await coordinator.shutdown(timeout=5)
     assert sorted(cleaned) == ["0", "1", "2"]
     assert sorted(key.id for key in report.ended) == ["0", "1", "2"]
@@ -121,13 +123,15 @@ async def test_a_shutdown_that_is_cancelled_has_asked_all_to_stop() -> None:
 async def test_nothing_that_a_task_does_is_raised_by_a_shutdown() -> None:
     async def work() -> None:
         try:
+            began.set()
             await asyncio.Event().wait()
         finally:
             raise LookupError("in the end")
 
+    began = asyncio.Event()
     async with TaskCoordinator() as coordinator:
         running = coordinator.start_task(*KEY, work)
-        await eventually(lambda: running.status().state == "running")
+        await began.wait()
     assert (await running.wait()).data["error"]["message"] == "in the end"
 
 
@@ -190,8 +194,11 @@ SERVICE = """
     import asyncio, json, signal, sys
     from pipeline.tasks import TaskCoordinator
 
+    began = []
+
     async def work(context):
         try:
+            began.append(context.key.id)
             await asyncio.Event().wait()
         finally:
             await asyncio.sleep(0.05)
@@ -200,6 +207,7 @@ SERVICE = """
     async def deaf():
         while True:
             try:
+                began.append("deaf")
                 await asyncio.Event().wait()
             except asyncio.CancelledError:
                 print("deaf", flush=True)
@@ -219,7 +227,8 @@ SERVICE = """
             async with asyncio.TaskGroup() as group:
                 for n in range(4 if sys.argv[2] == "deaf" else 3):
                     group.create_task(follow(coordinator, n))
-                await asyncio.sleep(0.02)
+                while len(began) < (4 if sys.argv[2] == "deaf" else 3):
+                    await asyncio.sleep(0)
                 print("ready", flush=True)
                 await asyncio.Event().wait()
         print("stopped by", [reason.message for reason in stopping.reasons], "stuck", [str(key) for key in stopping.report.stuck], flush=True)
