@@ -6,6 +6,7 @@ scheduler goes on, closes, and has everything back.
 
 from __future__ import annotations
 
+import dis
 import os
 import signal
 import sys
@@ -32,10 +33,15 @@ def _ctrl_c() -> Any:
 
 
 class InterruptAt:
-    """Calls a function and interrupts it at one line of the scheduler's code."""
+    """Calls a function and interrupts it at one of the steps of the scheduler's code at which Python looks for signals.
+
+    Those are the start of a function, the end of a round, and after a call of a function in C.
+    """
 
     def __init__(self, step: int) -> None:
         self.left = step
+        self._called_c: Any = None
+        """The frame that has called something last, which may be in C."""
 
     def __call__(self, function: Callable[[], Any]) -> None:
         before = sys.gettrace()
@@ -46,14 +52,25 @@ class InterruptAt:
             sys.settrace(before)
 
     def _called(self, frame: Any, event: str, arg: Any) -> Any:
-        return self._step if frame.f_code.co_filename.startswith(PACKAGE) else None
+        self._called_c = None
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        self._look()
+        return self._step
 
     def _step(self, frame: Any, event: str, arg: Any) -> Any:
-        if event == "line":
-            self.left -= 1
-            if not self.left:
-                signal.raise_signal(signal.SIGINT)
+        if event == "opcode":
+            name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            if self._called_c is frame or name.startswith("JUMP_BACKWARD"):
+                self._look()
+            self._called_c = frame if name.startswith("CALL") else None
         return self._step
+
+    def _look(self) -> None:
+        self.left -= 1
+        if not self.left:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _cancel_all(scheduler: Scheduler, tasks: list[Any]) -> None:
@@ -66,7 +83,7 @@ WAYS: dict[str, Callable[[Scheduler, list[Any]], Any]] = {
     "submitting": lambda scheduler, _: submit(scheduler, nothing).cancel(),
     "watching": lambda scheduler, _: scheduler.snapshot(),
     "waiting": lambda scheduler, tasks: scheduler.wait_pipelines([tasks[0].owner], timeout=1e-6),
-    "asking": lambda _, tasks: tasks[0].exception(timeout=0),
+    "asking": lambda _, tasks: tasks[0].exception(timeout=1e-6),
     "shutting down": lambda scheduler, _: scheduler.shutdown(cancel_pending_pipelines=True),
 }
 

@@ -122,7 +122,7 @@ class Handle:
             return
         if timeout != 0:
             turn, waiter = self.turn, Waiter(1)
-            with turn, turn.lock:
+            with turn.glance, turn.lock:
                 if self.state >= _SUCCEEDED:
                     return
                 self.watch(waiter)
@@ -130,7 +130,7 @@ class Handle:
                 waiter.wait(timeout)
             finally:
                 if self.state < _SUCCEEDED:
-                    with turn, turn.lock:
+                    with turn.glance, turn.lock:
                         self.unwatch(waiter)
         if self.state < _SUCCEEDED:
             raise TimeoutError(f"the {self._what} {self.title} has not ended within {timeout:g} s; it goes on")

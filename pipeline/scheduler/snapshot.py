@@ -1,19 +1,18 @@
 """`SchedulerSnapshot`: all that a scheduler does and what keeps the rest waiting, at one moment.
 
 The rule kept here: everything that somebody watches is in here, as plain values that never change. Reading it holds up the
-scheduler only while what waits is copied.
+scheduler for as long as what is described takes, whatever else waits.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from .amounts import plain
-from .claim import Claim, Key
+from .claim import Claim
 from .engine import Shortage, reason, shortages
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def read_snapshot(scheduler: Scheduler, most: int) -> SchedulerSnapshot:
     """For `Scheduler.snapshot`."""
     engine = scheduler.engine
     turn = scheduler.turn
-    with turn, turn.lock:
+    with turn.glance, turn.lock:
         turn.clear()
         now = monotonic()
         free = dict(engine.free)
@@ -124,10 +123,10 @@ def read_snapshot(scheduler: Scheduler, most: int) -> SchedulerSnapshot:
         holders = engine.holders()
         taken = engine.threads_taken
         head = engine.queue.head()
-        waiting = list(engine.queue)
+        next_ones = engine.queue.first(most)
+        waiting = engine.queue.live
         pipelines = tuple([_pipeline(handle, now) for handle in scheduler.pipelines])
         totals = dict(scheduler.totals)
-    next_ones = heapq.nsmallest(max(most, 0), waiting, key=_key)
     if head is not None and most > 0 and next_ones[0] is not head:  # one whose group has been passed over too often
         next_ones = [head, *(claim for claim in next_ones if claim is not head)][:most]
     blocked: list[WorkRow] = []
@@ -145,7 +144,7 @@ def read_snapshot(scheduler: Scheduler, most: int) -> SchedulerSnapshot:
         running=tuple([row for row in held if row.state == "running"]),
         ready=tuple([row for row in held if row.state == "ready"]),
         blocked=tuple(blocked),
-        waiting=len(waiting),
+        waiting=waiting,
         pipelines=pipelines,
         totals=totals,
         pipeline_parallelism=scheduler.pipeline_parallelism,
@@ -179,7 +178,3 @@ def _shortage(short: Shortage) -> ShortageRow:
 
 def _pipeline(handle: PipelineHandle, now: float) -> PipelineRow:
     return PipelineRow(handle.title, handle.state.name.lower(), handle.stage, now - handle.at)
-
-
-def _key(claim: Claim) -> Key:
-    return claim.key

@@ -20,10 +20,11 @@ __all__ = ["Turn"]
 class Turn:
     """`with turn, turn.lock:` is a turn; the lock goes first, then what was left meanwhile is done.
 
-    In the main thread a Ctrl-C waits until the turn is over.
+    In the main thread a Ctrl-C waits until the turn is over. Who only looks, or adds what can stay behind without harm,
+    is quicker with `with turn.glance, turn.lock:`, which does not keep it back.
     """
 
-    __slots__ = ("after", "left", "lock")
+    __slots__ = ("after", "glance", "left", "lock")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -31,6 +32,7 @@ class Turn:
         """What is to be done with the lock held. Whoever takes it for something that depends on order clears this first."""
         self.after: deque[Callable[[], object]] = deque()
         """What is to be done when it is free again, in any thread."""
+        self.glance = _Glance(self)
 
     def __enter__(self) -> None:
         raise_shield()
@@ -46,6 +48,9 @@ class Turn:
 
     def catch_up(self) -> None:
         """After a turn: do what was left, if nobody else is about to; then what comes after it."""
+        if not self.left and not self.after:
+            return
+        raise_shield()  # it is others' work, and gone if it is lost
         # Who finds the lock taken need not wait: its holder looks here after it has let go. It may be this very thread.
         while self.left and not self.lock.locked():
             with self.lock:
@@ -55,16 +60,20 @@ class Turn:
             try:
                 work = after.popleft()
             except IndexError:  # another thread was quicker
-                return
+                break
             work()
+        lower_shield()
 
     # --- in a turn
 
     def clear(self) -> None:
         """Do what was left, in the order in which it was."""
         left = self.left
-        while left:
-            left.popleft()()
+        if left:
+            raise_shield()
+            while left:
+                left.popleft()()
+            lower_shield()
 
     def ring(self, bell: threading.Lock) -> None:
         """Wake somebody, after the turn: who is woken earlier would only run into the lock."""
@@ -73,3 +82,18 @@ class Turn:
     def drop(self, value: object) -> None:
         """Let go of something after the turn, for whatever goes with it may do anything."""
         self.after.append(partial(id, value))
+
+
+class _Glance:
+    """A turn without the shield."""
+
+    __slots__ = ("_turn",)
+
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._turn.catch_up()

@@ -96,7 +96,7 @@ def _enough(wanted: set[H], pending: set[H], return_when: str) -> bool:
 def _wait(wanted: set[H], timeout: float | None, return_when: str) -> set[H]:
     """Those that are not done then."""
     turn = next(iter(wanted)).turn
-    with turn, turn.lock:
+    with turn.glance, turn.lock:
         pending = _pending(wanted)
         if timeout == 0 or _enough(wanted, pending, return_when):
             return pending
@@ -107,7 +107,7 @@ def _wait(wanted: set[H], timeout: float | None, return_when: str) -> set[H]:
         waiter.wait(timeout)
     finally:
         if timeout is not None or return_when != ALL_COMPLETED:
-            with turn, turn.lock:
+            with turn.glance, turn.lock:
                 for handle in pending:
                     handle.unwatch(waiter)
     return _pending(pending)
