@@ -388,3 +388,23 @@ def test_the_default_is_inline_and_always_the_same() -> None:
     set_default_task_backend(None)
     assert get_default_task_backend() is not default
     set_default_task_backend(None)
+
+
+async def test_a_backend_of_ones_own_needs_three_methods_only() -> None:
+    class Recording(TaskBackend):
+        async def initialize(self) -> None:
+            self.seen: list[dict[str, object]] = []
+
+        async def submit(self, task: dict[str, object]) -> None:
+            self.seen.append(task)
+
+        async def shutdown(self) -> None:
+            self.seen.clear()
+
+    backend = Recording()
+    await backend.initialize()
+    await backend.submit({"type": "x"})
+    assert backend.seen == [{"type": "x"}]
+    assert backend.inflight_count == 0
+    with pytest.raises(TypeError, match="no hub"):
+        _ = backend.hub

@@ -48,13 +48,14 @@ class TaskBackend(ABC):
         return self._executor
 
     @property
-    @abstractmethod
     def hub(self) -> TaskHub:
-        """Knows the tasks that were submitted: to watch and to cancel them."""
+        """Knows the tasks that were submitted: to watch and to cancel them. Raises TypeError for a backend that has none."""
+        raise TypeError(f"{type(self).__name__} cannot say what becomes of its tasks: it has no hub")
 
     @property
-    @abstractmethod
-    def inflight_count(self) -> int: ...
+    def inflight_count(self) -> int:
+        """Tasks that were submitted here and are not over; 0 for a backend that does not count them."""
+        return 0
 
     @abstractmethod
     async def initialize(self) -> None:

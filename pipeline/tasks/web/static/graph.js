@@ -88,7 +88,8 @@ export class Graph {
 }
 
 // Busy, starved and blocked, as shares of the time of all workers. Waiting is counted when it is over, so what is not
-// counted yet is told from where the items are.
+// counted yet is told from where the items are. A stage that only holds items, such as a batch, has no time at work:
+// while it holds some it waits for more.
 export function shares(row, before, next, passed) {
   const all = passed * Math.max(row.concurrency, 1);
   if (!(all > 0)) return [0, 0, 0];
@@ -100,7 +101,7 @@ export function shares(row, before, next, passed) {
 
 function now(row, next) {
   if (next && next.capacity > 0 && next.queued >= next.capacity) return 2;
-  return row.in_flight > 0 ? 0 : 1;
+  return row.in_flight > 0 && (row.busy > 0 || row.processed === 0) ? 0 : 1;
 }
 
 // The busiest; among those that are about as busy, the last one, for the others wait for it.
