@@ -128,6 +128,34 @@ def test_requests_are_answered_while_tasks_clean_up(tmp_path: Path) -> None:
     assert (finished.code, finished.err.count("Traceback")) == (0, 0)
 
 
+def test_a_client_that_takes_nothing_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    source = """
+        import asyncio
+        from pathlib import Path
+        from pipeline.tasks import TaskCoordinator
+
+        hub = TaskCoordinator()
+
+        async def talks(context):
+            for number in range(900):
+                await context.item("x" * 10_000)
+            await asyncio.Event().wait()
+
+        async def make():
+            hub.start_task("a", "talks", 1, talks)
+            return hub
+    """
+    with served(tmp_path, source, "--shutdown-timeout", "0.5", target="program:make") as (program, url):
+        until(lambda: httpx.get(f"{url}/tasks/a/talks/1").json()["seq"] > 900)
+        with open_stream(url, "/tasks/a/talks/1/events"):
+            until(lambda: httpx.get(f"{url}/tasks").status_code == 200)
+            program.interrupt(signal.SIGTERM)
+            finished = program.finish()
+    assert (finished.code, "Traceback" in finished.err) == (0, False)
+    assert "a client that takes no events was let go" in finished.err
+    assert finished.seconds < 5
+
+
 STUCK = """
     import asyncio
     from pipeline.tasks import TaskCoordinator
@@ -385,7 +413,10 @@ def test_a_signal_while_the_hub_is_made_ready_ends_the_command(tmp_path: Path, t
         class Slow(AsyncFireAndTrackBackend):
             async def initialize(self):
                 print("waiting", flush=True)
-                await asyncio.Event().wait()
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    print("given up", flush=True)
 
         hub = Slow()
         app = create_app(hub)
@@ -393,7 +424,10 @@ def test_a_signal_while_the_hub_is_made_ready_ends_the_command(tmp_path: Path, t
     with Program(tmp_path, source, "serve", f"program:{target}", "--port", "0", interpreter=CLI) as program:
         program.says("waiting")
         program.interrupt(signal.SIGTERM)
-        assert program.finish().code == 0
+        finished = program.finish()
+    assert finished.code == 0
+    assert "given up" in finished.out
+    assert ("Traceback" in finished.err) == (target == "app")  # Starlette tells where it was
 
 
 # --- options
@@ -464,9 +498,9 @@ def test_a_client_that_leaves_costs_the_server_nothing_more(tmp_path: Path) -> N
         until(lambda: len(process.net_connections()) <= 2)
 
 
-def open_stream(url: str) -> socket.socket:
+def open_stream(url: str, path: str = "/tasks/load/busy/1/events") -> socket.socket:
     parts = urlsplit(url)
     connection = socket.create_connection((parts.hostname, parts.port), LIMIT)
-    connection.sendall(f"GET /tasks/load/busy/1/events HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n".encode())
+    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n".encode())
     assert connection.recv(100).startswith(b"HTTP/1.1 200")
     return connection

@@ -3,8 +3,8 @@
 The rule kept here: it knows a `TaskHub` and nothing behind it, and keeps nothing about tasks.
 
     GET   /                              the page
-    GET   /tasks                         JSON: the newest tasks; ?limit=100, ?view=summary for what a list shows
-    GET   /tasks/{app}/{name}/{id}       JSON: one task
+    GET   /tasks                         JSON: the newest tasks in short, ?limit=100
+    GET   /tasks/{app}/{name}/{id}       JSON: one task, with its graph, metrics and result
     GET   /tasks/{app}/{name}/{id}/events    server-sent events; Last-Event-ID or ?last_event_id= goes on after that one
     POST  /tasks/{app}/{name}/{id}/cancel    {"reason": …} as JSON or form; {"cancelled": true} if it was running
 """
@@ -104,9 +104,7 @@ class _Views:
 
     async def list(self, request: Request) -> Response:
         limit = _number(request.query_params.get("limit", "100"), "limit", most=_LIMIT)
-        short = request.query_params.get("view") == "summary"
-        statuses = await self._hub.list_tasks(limit=limit)
-        rows = [_summary(status) if short else status.to_dict() for status in statuses]
+        rows = [_summary(status) for status in await self._hub.list_tasks(limit=limit)]
         response = tagged(request, answer({"tasks": rows, "token_required": self._token.required}))
         response.headers["X-Time"] = f"{time.time():.3f}"
         return response
@@ -145,15 +143,24 @@ class _Views:
 
 
 def _summary(status: TaskStatus) -> dict[str, Any]:
-    """What a list shows of a task: not its graph, its metrics and its result. `Any`: JSON."""
-    row = status.to_dict()
-    progress, result, reasons = row["progress"] or {}, row["result"] or {}, row["reasons"]
-    for large in ("about", "result", "reasons", "progress"):
-        del row[large]
-    row["progress"] = {name: progress[name] for name in ("done", "total", "pulled", "delivered") if name in progress}
-    message = reasons[0]["message"] if reasons else result.get("message", progress.get("message"))
-    row["message"] = message[:200] if isinstance(message, str) else None
-    return row
+    """What a list shows of a task, in some 300 bytes: each may have megabytes of metrics and results. `Any`: JSON."""
+    progress, result = status.progress or {}, status.result or {}
+    message = status.reasons[0].message if status.reasons else result.get("message", progress.get("message"))
+    numbers = {name: progress.get(name) for name in ("done", "total", "pulled", "delivered")}
+    return {
+        "app": status.task.app,
+        "name": status.task.name,
+        "id": status.task.id,
+        "state": status.state.value,
+        "attempt": status.attempt,
+        "seq": status.seq,
+        "created": status.created,
+        "started": status.started,
+        "ended": status.ended,
+        "worker": status.worker,
+        "progress": {name: number for name, number in numbers.items() if isinstance(number, (int, float))},
+        "message": message[:200] if isinstance(message, str) else None,
+    }
 
 
 def _number(text: str, what: str, *, most: int) -> int:

@@ -34,7 +34,7 @@ from .stopping import initialize, shut_down_within
 __all__ = ["Served", "Service"]
 
 _DELIVERY = 5.0
-"""Seconds for clients to take what was sent to them, when all tasks have ended."""
+"""Seconds for clients to take what was sent to them, when all tasks have ended; no more than tasks get, and one at least."""
 _LAST = 1.0
 """Seconds after a second signal."""
 
@@ -84,7 +84,10 @@ class Service:
                 stack.callback(one.close)
             for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
                 stack.callback(SignalTrigger(number, code="shutdown").arm(partial(self._heard, number, code)).disarm)
-            return await self._run()
+            try:
+                return await self._run()
+            finally:
+                await _cancel_the_rest()
 
     def interrupted(self, error: BaseException) -> None:
         """What went through the loop without ending it: a SystemExit of somebody's callback. As a signal, then."""
@@ -96,10 +99,12 @@ class Service:
         if not starting.done():
             starting.cancel()
             await asyncio.wait([starting], timeout=self._timeout)
+            await self._shut_down()
             return self._codes[0]
         if not starting.result():
+            await self._shut_down()
             return 1
-        server, hub = self._server, self._hub
+        server = self._server
         assert server is not None
         serving = asyncio.create_task(server.run_quietly(self._sockets), name="serve")
         listening = asyncio.create_task(server.listening.wait(), name="listening")
@@ -111,7 +116,7 @@ class Service:
             serving.cancel()
         listening.cancel()
         ended_early = serving.done()
-        stuck = await self._stop(server, serving, hub)
+        stuck = await self._stop(server, serving)
         return 1 if ended_early or (stuck and len(self._codes) < 2) else self._codes[-1]
 
     async def _start(self) -> bool:
@@ -128,31 +133,35 @@ class Service:
         self._server = _Server(config)
         return True
 
-    async def _stop(self, server: _Server, serving: asyncio.Task[None], hub: object) -> list[str]:
-        reason = self._reasons[0] if self._reasons else CancelReason("the server has ended", origin="penstock serve")
-        get_logger().info("stopping", reason=reason.message, seconds=self._timeout)
-        stuck = await shut_down_within(hub, self._timeout, reason)
-        if stuck:
-            get_logger().error("stopped, but tasks were left behind", tasks=stuck)
-        if not await self._end_server(server, serving, streams_of(hub_of(hub))):
+    async def _stop(self, server: _Server, serving: asyncio.Task[None]) -> list[str]:
+        stuck = await self._shut_down()
+        if not await self._end_server(server, serving, streams_of(hub_of(self._hub))):
             stuck.append("the server")
             get_logger().error("the server did not end")
         if self._hurried is not None:
             await asyncio.wait([self._hurried], timeout=_LAST)
         return stuck
 
+    async def _shut_down(self) -> list[str]:
+        reason = self._reasons[0] if self._reasons else CancelReason("the server has ended", origin="penstock serve")
+        get_logger().info("stopping", reason=reason.message, seconds=self._timeout)
+        stuck = await shut_down_within(self._hub, self._timeout, reason)
+        if stuck:
+            get_logger().error("stopped, but tasks were left behind", tasks=stuck)
+        return stuck
+
     async def _end_server(self, server: _Server, serving: asyncio.Task[None], streams: OpenStreams) -> bool:
         """End the streams, with what has happened so far, and then the connections; False when something stays."""
-        deadline = monotonic() + _DELIVERY
-        server.config.timeout_graceful_shutdown = _DELIVERY  # pyright: ignore[reportAttributeAccessIssue] a float will do
+        deadline = monotonic() + min(max(self._timeout, 1.0), _DELIVERY)
         server.should_exit = True
         streams.close()
-        while not serving.done() and monotonic() < deadline + _LAST and not server.force_exit:
+        while not serving.done() and monotonic() < deadline and len(self._codes) < 2:
             streams.close()  # and those that have come since
             await asyncio.wait([serving], timeout=0.05)
-        if not serving.done():
-            server.force_exit = True
-            await asyncio.wait([serving], timeout=_LAST)
+        streams.abandon()
+        for connection in tuple(server.server_state.connections):
+            connection.transport.abort()  # what is left is waiting for somebody who takes nothing
+        await asyncio.wait([serving], timeout=_DELIVERY)  # the application's own end
         return serving.done()
 
     async def _or_signalled(self, *others: asyncio.Task[Any]) -> None:
@@ -172,8 +181,6 @@ class Service:
 
     def _hurry(self, reason: CancelReason) -> None:
         asyncio.get_running_loop().call_later(_LAST, _exit, self._codes[-1])
-        if self._server is not None:
-            self._server.force_exit = True
         if self._hub is not None:
             self._hurried = asyncio.create_task(shut_down_within(self._hub, 0.0, reason), name="hurry")
 
@@ -199,6 +206,15 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Generator[None]:
         yield
+
+
+async def _cancel_the_rest() -> None:
+    """Tell what still runs on this loop that it is over, as `asyncio.run` does, and wait for a bounded time."""
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest:
+        task.cancel()
+    if rest:
+        await asyncio.wait(rest, timeout=_LAST)
 
 
 def _exit(code: int) -> None:

@@ -88,6 +88,11 @@ class OpenStreams:
         for stream in self._streams:
             stream.leave()
 
+    def abandon(self) -> None:
+        """Wait no longer for clients that do not take what they are sent."""
+        for stream in self._streams:
+            stream.give_up()
+
 
 _open: WeakKeyDictionary[TaskHub, OpenStreams] = WeakKeyDictionary()
 
@@ -130,6 +135,7 @@ class EventStream(Response):
         self._ended = False
         """Nothing will be added to what waits."""
         self._leaving = False
+        self._sending: asyncio.Timeout | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -151,6 +157,11 @@ class EventStream(Response):
         """End the response as soon as everything is sent that has happened."""
         self._leaving = True
         self._wanted.set()
+
+    def give_up(self) -> None:
+        """End the response now, if the client does not take what it is sent."""
+        if self._sending is not None and not self._sending.expired():
+            self._sending.reschedule(0.0)
 
     def _end(self) -> None:
         self._ended = True
@@ -208,13 +219,15 @@ class EventStream(Response):
 
     async def _sent(self, send: Send, message: MutableMapping[str, Any]) -> bool:
         try:
-            async with asyncio.timeout(self._send_timeout):
+            async with asyncio.timeout(self._send_timeout) as self._sending:
                 await send(message)
         except TimeoutError:
-            get_logger().info("a client that takes no events was let go", waited=self._send_timeout)
+            get_logger().info("a client that takes no events was let go")
             return False
         except OSError:  # servers that tell of a lost connection in this way
             return False
+        finally:
+            self._sending = None
         return True
 
 

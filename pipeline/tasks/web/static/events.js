@@ -33,7 +33,7 @@ export class Follower {
   }
 
   take(message) {
-    const event = JSON.parse(message.data);
+    const event = { ...JSON.parse(message.data), size: message.data.length };
     this.last = event.seq;
     if (["error", "cancelled", "timed_out", "completed"].includes(event.type)) this.close();
     this.onEvent(event);

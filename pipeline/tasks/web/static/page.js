@@ -15,7 +15,8 @@ const events = new EventList($("events"), $("kept"));
 
 const ENDS = { completed: "The task is completed.", error: "The task has failed.", cancelled: "The task was cancelled.", timed_out: "The task has timed out." };
 const EVERY = 2000;
-const KEPT = 2000;
+const KEPT = 1000; // events, and characters of their data
+const LONGEST = 2e7;
 let task = null; // the one that is shown: { key, status, stages, snapshot, all, fresh, follower }
 let tag = "";
 let tokenNeeded = false;
@@ -28,7 +29,7 @@ async function poll() {
   clearTimeout(timer);
   if (document.hidden) return;
   try {
-    const response = await fetch("tasks?view=summary&limit=500", { headers: tag ? { "If-None-Match": tag } : {}, cache: "no-store" });
+    const response = await fetch("tasks?limit=500", { headers: tag ? { "If-None-Match": tag } : {}, cache: "no-store" });
     list.skew = Number(response.headers.get("x-time") ?? Date.now() / 1000) - Date.now() / 1000;
     if (response.status === 200) took(await response.json(), response.headers.get("etag"));
     else if (response.status !== 304) throw new Error(`the server answers ${response.status}`);
@@ -143,7 +144,7 @@ function show(chosen) {
   const { status, fresh } = chosen;
   if (fresh.length) {
     events.show(fresh, $("all").checked);
-    chosen.all = chosen.all.concat(fresh).slice(-KEPT);
+    chosen.all = newest(chosen.all.concat(fresh));
     chosen.fresh = [];
   }
   const snapshot = chosen.snapshot ?? status?.progress;
@@ -154,6 +155,14 @@ function show(chosen) {
   if (isPipeline) graph.show(stages, snapshot, chosen.ended);
   else if (snapshot) showProgress(snapshot);
   if (status) showStatus(status);
+}
+
+// What is kept, to be shown again when the filter changes.
+function newest(all) {
+  let room = LONGEST;
+  let first = all.length;
+  while (first > 0 && all.length - first < KEPT && (room -= all[first - 1].size) > 0) first -= 1;
+  return all.slice(first);
 }
 
 function showProgress({ done, total, message }) {
