@@ -161,13 +161,18 @@ class EngineMachine(RuleBasedStateMachine):
         assert at_once + self._admitted() == self.model.submit((key, {label: Fraction(amount) for label, amount in needs}, int(threaded)))
 
     @precondition(lambda self: getattr(self, "claims", None))
-    @rule(data=st.data())
-    def end(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), at_once=st.booleans())
+    def end(self, data: st.DataObject, at_once: bool) -> None:
         number = data.draw(st.sampled_from(sorted(self.claims)))
         claim = self.claims.pop(number)
-        assert self.engine.drop(claim)
+        if at_once:
+            admitted = [claim.key[3] for claim in self.engine.hand_over(claim)]
+            assert self._admitted() == []
+        else:
+            assert self.engine.drop(claim)
+            admitted = self._admitted()
         assert not self.engine.drop(claim)
-        assert self._admitted() == self.model.drop(number)
+        assert admitted == self.model.drop(number)
 
     def _admitted(self) -> list[int]:
         return [claim.key[3] for claim in self.engine.admit()]

@@ -100,6 +100,29 @@ class Engine:
             return True
         return False
 
+    def hand_over(self, claim: Claim) -> list[Claim]:
+        """A `drop` and an `admit` in one, and half as much work where all need the same: nothing is given back and taken."""
+        queue = self.queue
+        head = queue.head()
+        if (
+            head is None
+            or head.needs != claim.needs
+            or head.threaded is not claim.threaded
+            or claim.phase is not _HELD
+            or queue.fairness is not None
+        ):
+            self.drop(claim)
+            return self.admit()
+        del self.holding[claim]
+        claim.phase = _OVER
+        head.phase = _HELD
+        self.holding[head] = None
+        queue.admitted(head)
+        following = queue.head()
+        if following is None or (following.needs == head.needs and following.threaded is head.threaded):
+            return [head]  # the head could not begin with what is free now, so nor can one that needs the same
+        return [head, *self.admit()]
+
     def _take(self, claim: Claim) -> bool:
         """Let it have what it needs, if there is enough."""
         threaded, free, needs = claim.threaded, self.free, claim.needs

@@ -180,7 +180,10 @@ class Scheduler:
             self._admit()
 
     def _admit(self) -> None:
-        for claim in self.engine.admit():
+        self._begin_all(self.engine.admit())
+
+    def _begin_all(self, claims: list[Claim]) -> None:
+        for claim in claims:
             claim.at = monotonic()
             claim.granted()
 
@@ -222,9 +225,10 @@ class Scheduler:
     def task_ended(self, task: TaskHandle, state: State) -> None:
         self.totals[_TASKS[state]] += 1
         engine = self.engine
-        engine.drop(task)
         if engine.queue.live:
-            self._admit()
+            self._begin_all(engine.hand_over(task))
+        else:
+            engine.drop(task)
         self._tasks -= 1
         if self._closing:
             self._end_if_over()
