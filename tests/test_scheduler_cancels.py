@@ -143,7 +143,7 @@ def _stop(how: str, pipeline: Pipeline[Any], run: asyncio.Task[Any]) -> None:
 @pytest.mark.parametrize("loop", [None, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def test_stopped_at_random_moments_everything_is_given_back(loop: Any) -> None:
     with asyncio.Runner(loop_factory=loop) as runner:
-        for seed in range(60):
+        for seed in range(40):
             runner.run(_story(seed + 1000 * (loop is None), ("loop", "thread")))
 
 
