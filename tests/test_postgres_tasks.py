@@ -20,6 +20,7 @@ from procrastinate import RetryStrategy
 
 from pipeline import CancelReason, Pipeline
 from pipeline.tasks import PostgresTaskBackend, TaskAlreadyRunningError, TaskKey, TaskState, current_task
+from pipeline.tasks.backends.postgres import schema
 from stages import map
 
 __all__ = ["dsn", "server"]
@@ -424,6 +425,27 @@ async def test_tables_of_another_version_are_refused(dsn: str) -> None:
     sql(dsn, "update penstock_schema set version = 99")
     with pytest.raises(RuntimeError, match="version 99"):
         await PostgresTaskBackend(dsn).initialize()
+
+
+async def test_a_server_that_is_too_old_is_refused(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "OLDEST_SERVER", 990000)
+    with pytest.raises(RuntimeError, match=r"this PostgreSQL is version \d+; use 99 or newer"):
+        await PostgresTaskBackend(dsn).initialize()
+
+
+async def test_tables_of_an_older_procrastinate_are_refused_with_what_to_do(dsn: str) -> None:
+    sql(dsn, "drop function procrastinate_fetch_job_v2")
+    with pytest.raises(RuntimeError, match="apply its migrations"):
+        await PostgresTaskBackend(dsn).initialize()
+
+
+async def test_a_worker_may_begin_again(dsn: str) -> None:
+    async with backend_on(dsn, execute) as backend:
+        for number in range(2):
+            working = asyncio.create_task(backend.work())
+            assert told(await follow(backend, await backend.submit({"id": number}))) == ["started", "completed"]
+            backend.stop()
+            assert await working == []
 
 
 async def test_tables_are_made_once_when_many_begin_at_once(server: Any) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psycopg
 from procrastinate.jobs import Job
 from procrastinate.retry import BaseRetryStrategy
 
@@ -21,6 +22,7 @@ from ...events import EventType
 from ...execution import Execution, TaskEnd
 from ...task import TaskContext
 from ..base import Executor, Submitted
+from .database import in_one_line
 from .journal import Journal, superseded
 from .store import Claim, Store
 
@@ -117,15 +119,19 @@ class Attempt:
     async def _look(self, aborted: bool) -> None:
         if self.claim is None:
             return  # it comes with the claim
-        reasons = await self._store.reasons(self.claim)
+        try:
+            reasons = await self._store.reasons(self.claim)
+            if aborted and reasons == ():  # by other means than ours, so nobody has said why
+                reason = CancelReason("its job was aborted in the queue", code="job_aborted", origin="procrastinate")
+                await self._store.ask(self.claim.key, reason)
+                reasons = (reason,)
+        except psycopg.Error as error:  # the next heartbeat looks again
+            get_logger().warning("reasons could not be read", task=str(self.claim.key), error=in_one_line(error))
+            return
         if reasons is None:
             self.lose()
-        elif reasons:
+        else:
             self._hear(reasons)
-        elif aborted:  # by other means than ours, so nobody has said why
-            reason = CancelReason("its job was aborted in the queue", CancelType.MANUAL, "job_aborted", "procrastinate")
-            await self._store.ask(self.claim.key, reason)
-            self._hear((reason,))
 
     def _hear(self, reasons: tuple[CancelReason, ...]) -> None:
         for reason in reasons[self.heard :]:

@@ -21,7 +21,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from ....observe.logs import get_logger
 
-__all__ = ["AWAY", "Backoff", "Connection", "Database", "check_dsn", "in_one_line", "is_away"]
+__all__ = ["AWAY", "Backoff", "Connection", "Database", "check_dsn", "in_one_line", "is_away", "pass_cancellation"]
 
 T = TypeVar("T")
 
@@ -168,6 +168,7 @@ class Database:
         backoff = Backoff()
         told = False
         while True:
+            pass_cancellation()
             try:
                 return await act()
             except away as error:
@@ -186,6 +187,17 @@ def is_away(error: BaseException) -> bool:
     if isinstance(error, (psycopg.errors.UndefinedTable, psycopg.errors.QueryCanceled, psycopg.errors.DiskFull)):
         return False
     return isinstance(error, AWAY) or (error.__cause__ is not None and is_away(error.__cause__))
+
+
+def pass_cancellation() -> None:
+    """Raise CancelledError in a task that was cancelled, and has not noticed. Every loop around statements begins with it.
+
+    Before Python 3.12, `asyncio.wait_for` forgets a cancellation that comes together with what it waits for, and the pool
+    waits by it for a free connection. A loop that was cancelled then would never end.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 async def _configure(connection: Connection) -> None:

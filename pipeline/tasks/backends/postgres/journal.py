@@ -117,7 +117,9 @@ class Journal:
                         await self._ending.wait()
                 except TimeoutError:
                     await self.write_waiting()
-        except Exception as error:  # the work must not wait for a journal that does not write any more
+        except (
+            Exception
+        ) as error:  # nobody cancels this task; the work must not wait for a journal that does not write any more
             await self._lose(CancelReason(f"its events cannot be written: {error!r}", CancelType.ERROR, "not_written"))
 
     async def write_waiting(self) -> None:

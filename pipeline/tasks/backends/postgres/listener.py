@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 import psycopg
 
 from ....observe.logs import get_logger
-from .database import AWAY, Backoff, Connection, Database, in_one_line
+from .database import AWAY, Backoff, Connection, Database, in_one_line, pass_cancellation
 
 __all__ = ["PRESENCE", "Listener"]
 
@@ -47,6 +47,7 @@ class Listener:
     async def run(self) -> None:
         backoff = Backoff()
         while True:
+            pass_cancellation()
             try:
                 connection = await self._database.connect()
                 async with connection:
@@ -81,6 +82,7 @@ class Listener:
 
     async def _listen(self, connection: Connection) -> None:
         while True:
+            pass_cancellation()
             async for notification in connection.notifies(timeout=_IDLE):
                 self._heard(notification.payload)
             async with asyncio.timeout(_ANSWER):

@@ -11,11 +11,12 @@ from types import TracebackType
 from typing import Self
 from weakref import WeakSet
 
+from ....observe.logs import get_logger
 from ...errors import UnknownTaskError
 from ...events import TaskEvent, TaskKey
 from ...log import HistorySubscription, RunHistory, TaskLog
 from ...status import Subscription
-from .database import AWAY, Backoff
+from .database import Backoff, is_away, pass_cancellation
 from .store import Store, event_of
 
 __all__ = ["Mirrors", "TableSubscription"]
@@ -62,6 +63,7 @@ class Mirrors:
     async def run(self) -> None:
         backoff = Backoff()
         while True:
+            pass_cancellation()
             try:
                 async with asyncio.timeout(_LOOK):
                     await self._news.wait()
@@ -73,7 +75,9 @@ class Mirrors:
                 async with self._reading:
                     await self._read([self._mirrors[task] for task in dirty if task in self._mirrors])
                 backoff = Backoff()
-            except AWAY:
+            except Exception as error:  # all who watch wait for this task, so it goes on whatever it was
+                if not is_away(error):
+                    get_logger().error("events could not be read; trying again", error=repr(error))
                 self._dirty |= dirty
                 await backoff.wait()
                 self._news.set()

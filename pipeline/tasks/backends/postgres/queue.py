@@ -57,7 +57,10 @@ class Queue:
     async def defer(self, connection: Connection, queue: str, task: int, run: int, attempt: int, at: Any = None) -> int:
         """Put an attempt into a queue, in this transaction; with `at` (a datetime) not before then. Returns the job's id."""
         deferrer = self.app.configure_task(TASK, queue=queue, schedule_at=at, connection=connection)
-        return await deferrer.defer_async(task=task, run=run, attempt=attempt)
+        try:
+            return await deferrer.defer_async(task=task, run=run, attempt=attempt)
+        except ConnectorException as error:
+            raise error.__cause__ or error from None  # as all other statements of this transaction
 
     async def run(self, *, concurrency: int, grace: float, heartbeat: float, name: str) -> None:
         """procrastinate's worker, until it is cancelled: then it takes no more jobs, and aborts after `grace` seconds."""

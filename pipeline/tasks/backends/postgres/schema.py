@@ -28,7 +28,7 @@ async def apply_schema(connection: Connection) -> None:
     """Make what is missing. Raises RuntimeError for a server or tables that are too old, or too new."""
     version = connection.info.server_version
     if version < OLDEST_SERVER:
-        raise RuntimeError(f"this PostgreSQL is version {version / 10000:g}; use 13 or newer")
+        raise RuntimeError(f"this PostgreSQL is version {version // 10000}; use {OLDEST_SERVER // 10000} or newer")
     async with connection.transaction():
         await connection.execute("select pg_advisory_xact_lock(%s)", (_LOCK,))
         if not await _exists(connection, "select to_regclass('procrastinate_jobs') is not null as answer"):

@@ -18,7 +18,7 @@ import psycopg
 
 from ....cancellation.reason import CancelReason
 from ....observe.logs import get_logger
-from .database import AWAY, Connection, Database
+from .database import AWAY, Connection, Database, pass_cancellation
 from .listener import PRESENCE
 from .store import Lost, Store, as_json
 
@@ -73,6 +73,7 @@ class Sweeper:
 
     async def run(self) -> None:
         while True:
+            pass_cancellation()
             try:
                 await self.sweep()
             except AWAY:

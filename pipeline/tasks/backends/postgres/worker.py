@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 
+import psycopg
 from procrastinate import JobContext
 from procrastinate.exceptions import JobAborted
 from procrastinate.job_context import AbortReason
-from procrastinate.utils import wait_any
 
 from ....observe.logs import get_logger
 from ...events import TaskKey
 from .attempt import Attempt, AttemptOptions
-from .database import AWAY, Database
+from .database import AWAY, Database, in_one_line, pass_cancellation
 from .queue import Queue
 from .store import Store
 
@@ -68,7 +68,8 @@ class Worker:
 
     async def run(self, present: asyncio.Event, *, concurrency: int, grace: float) -> None:
         """Work until it is stopped; cancelling does that, too. It begins when it is `present`, or the sweeper would take it for lost."""
-        await wait_any(present.wait(), self._stopping.wait())
+        self._database.hurry(None)
+        await self._until_present(present)
         beats = asyncio.create_task(self._beat(), name="heartbeat")
         cancelled: asyncio.CancelledError | None = None
         try:
@@ -82,8 +83,17 @@ class Worker:
         finally:
             beats.cancel()
             await asyncio.wait([beats])
+            self._database.hurry(None)
         if cancelled is not None:
             raise cancelled
+
+    async def _until_present(self, present: asyncio.Event) -> None:
+        waits = [asyncio.create_task(event.wait()) for event in (present, self._stopping)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     async def perform(self, context: JobContext, task: int, run: int, attempt: int) -> None:
         """What is done with a job. To procrastinate it ends well, or as aborted; the task's own end is written already."""
@@ -135,13 +145,15 @@ class Worker:
     async def _beat(self) -> None:
         """Say that we live, and find out about tasks that are no longer ours, or that were asked to stop."""
         while True:
+            pass_cancellation()
             await asyncio.sleep(min(5.0, self._heartbeat / 6))
             held = {attempt.task: attempt for attempt in self._attempts if attempt.claim is not None}
             if not held:
                 continue
             try:
                 ours = await self._store.beat(self._options.presence, list(held))
-            except AWAY:
+            except (*AWAY, psycopg.Error) as error:
+                get_logger().warning("no heartbeat could be written", error=in_one_line(error))
                 continue
             for task, attempt in held.items():
                 run, number, reasons = ours.get(task, (0, 0, 0))
