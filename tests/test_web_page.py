@@ -162,6 +162,7 @@ async def test_progress_of_other_work_is_a_bar_with_words(page: Page, url: str) 
 async def test_markup_in_the_data_of_a_task_is_text(page: Page, url: str) -> None:
     await page.goto(begin(url, "marked", "<b>1<"))
     await expect(page.locator("#reasons strong")).to_have_text("<img src=x onerror='window.hacked=1'><script>window.hacked=1</script>")
+    await expect(page.locator("#events > li")).to_have_count(4)
     for summary in await page.locator("#events summary").all():
         await summary.click()
     await expect(page.locator("#events pre").first).to_contain_text("<script>window.hacked=1</script>")
@@ -171,7 +172,7 @@ async def test_markup_in_the_data_of_a_task_is_text(page: Page, url: str) -> Non
 
 
 @in_browser
-async def test_a_burst_of_events_is_drawn_once_a_frame_and_kept_within_bounds(page: Page, url: str) -> None:
+async def test_a_burst_of_events_is_drawn_now_and_then_and_kept_within_bounds(page: Page, url: str) -> None:
     await page.goto(url)
     await page.evaluate(
         """() => {

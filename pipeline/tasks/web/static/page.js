@@ -1,6 +1,6 @@
 // The page: a list of tasks, and one of them in detail.
 //
-// The rules kept here: what comes is collected, and shown once a frame, however much it is. A page that nobody looks at
+// The rules kept here: what comes is collected, and shown eight times a second, however much it is. A page that nobody looks at
 // holds no connection; it goes on where it was when it is looked at again.
 
 import { EventList, Follower } from "./events.js";
@@ -14,13 +14,15 @@ const graph = new Graph($("chain"), $("stages"));
 const events = new EventList($("events"), $("kept"));
 
 const ENDS = { completed: "The task is completed.", error: "The task has failed.", cancelled: "The task was cancelled.", timed_out: "The task has timed out." };
-const EVERY = 2000;
+const EVERY = 2000; // milliseconds from one list to the next
+const REST = 120; // and from one drawing to the next: nobody reads faster
 const KEPT = 1000; // events, and characters of their data
 const LONGEST = 2e7;
 let task = null; // the one that is shown: { key, status, stages, snapshot, all, fresh, follower }
 let tag = "";
 let tokenNeeded = false;
 let drawing = false;
+let drawn = 0;
 let timer = null;
 
 // --- the list
@@ -134,10 +136,11 @@ function heard(chosen, event) {
 function draw() {
   if (drawing) return;
   drawing = true;
-  requestAnimationFrame(() => {
+  setTimeout(() => requestAnimationFrame(() => {
     drawing = false;
+    drawn = performance.now();
     if (task) show(task);
-  });
+  }), Math.max(drawn + REST - performance.now(), 0));
 }
 
 function show(chosen) {
