@@ -1,7 +1,8 @@
 """A scheduler: transcoding under limits of CPU, memory and disk, which a pool of threads cannot keep.
 
 Each film is decoded (little CPU, much memory, leaves a large file) and encoded (both CPUs, little memory, removes the
-file). A pool only knows how many jobs there are; the scheduler knows what each takes, and finishes films that are begun.
+file). A pool only knows how many jobs there are: one that is small enough for the largest job leaves the computer idle, a
+larger one takes too much. The scheduler knows what each job takes, and finishes films that are begun.
 """
 
 import tempfile
@@ -57,7 +58,7 @@ class Film:
     def decode(self) -> None:
         with self.meter.using(cpu=1, memory_mb=4.5):
             frames = bytearray(4 * MB)
-            time.sleep(0.02)  # your decoder
+            time.sleep(0.06)  # your decoder
             self.meter.add(disk_mb=4)
             self.raw.write_bytes(frames)
 
@@ -80,15 +81,26 @@ class Transcode(StagedPipeline):
         return self.task(self.film.encode, resources=Film.ENCODE).run().result()
 
 
+def decode_and_encode(film: Film) -> int:
+    film.decode()
+    return film.encode()
+
+
 def with_a_pool(films: list[Film]) -> list[int]:
+    """Four films at once, each from its beginning to its end."""
     with ThreadPoolExecutor(4) as pool:
-        for _ in pool.map(Film.decode, films):
-            pass
-        return list(pool.map(Film.encode, films))
+        return list(pool.map(decode_and_encode, films))
+
+
+def with_a_small_pool(films: list[Film]) -> list[int]:
+    """One at a time: two that encode would need four CPUs."""
+    with ThreadPoolExecutor(1) as pool:
+        return list(pool.map(decode_and_encode, films))
 
 
 def with_the_scheduler(films: list[Film]) -> list[int]:
-    # Three films at once: so many raw files may lie on the disk between their two tasks.
+    # A task gives back what it needs when it ends, and its raw file stays on the disk. So what keeps that limit is how many
+    # films are begun at once: three, with 4 MB each.
     with Scheduler(resources=LIMITS, pipeline_parallelism=3, task_parallelism=4) as scheduler:
         handles = [scheduler.run_pipeline(Transcode(film), name=film.raw.stem) for film in films]
         while not (blocked := scheduler.snapshot().blocked) and not handles[-1].done():
@@ -99,12 +111,14 @@ def with_the_scheduler(films: list[Film]) -> list[int]:
 
 
 def main() -> None:
-    for run in (with_a_pool, with_the_scheduler):
+    for run in (with_a_pool, with_a_small_pool, with_the_scheduler):
         meter = Meter()
         with tempfile.TemporaryDirectory() as folder:
+            began = time.monotonic()
             sizes = run([Film(number, Path(folder), meter) for number in range(FILMS)])
+            seconds = time.monotonic() - began
         peaks = [f"{what} {peak:g} of {LIMITS[what]}{' (too much)' if peak > LIMITS[what] else ''}" for what, peak in meter.peak.items()]
-        print(f"{run.__name__}: {len(sizes)} films; at most {', '.join(peaks)}")
+        print(f"{run.__name__}: {len(sizes)} films in {seconds:.2f} s; at most {', '.join(peaks)}")
 
 
 if __name__ == "__main__":
