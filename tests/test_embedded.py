@@ -9,6 +9,7 @@ import asyncio
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -34,11 +35,24 @@ USER = """
 """
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A directory with a short path, and no server in the end."""
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Path]:
+    """A server that was stopped, to be copied."""
     path = Path(tempfile.mkdtemp(prefix="pg"))
     path.chmod(0o755)
+    server = EmbeddedServer(path)
+    server.start_now()
+    server.leave_now()
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def folder(cluster: Path) -> Iterator[Path]:
+    """A directory with a short path, with the files of a server, and without a server in the end."""
+    path = Path(tempfile.mkdtemp(prefix="pg"))
+    path.chmod(0o755)
+    subprocess.run(["cp", "-a", cluster / "pg", path], check=True)
     yield path
     pid = pid_of(path)
     if pid is not None and not zombie(pid):
@@ -128,8 +142,7 @@ def test_a_path_that_is_too_long_for_a_socket_is_refused_with_its_length(tmp_pat
 
 
 def test_a_directory_that_is_no_cluster_is_an_error_that_names_the_log(folder: Path) -> None:
-    (folder / "pg").mkdir()
-    (folder / "pg" / "something").touch()
+    (folder / "pg" / "PG_VERSION").unlink()
     with pytest.raises(RuntimeError, match="does not start"):
         EmbeddedServer(folder).start_now()
 

@@ -169,10 +169,10 @@ async def test_a_cancel_that_meets_the_end_leaves_one_terminal_event(dsn: str) -
             assert not set(told(events)[:-1]) & set(TERMINAL)
             return cancelled, events[-1].type.value
 
-        outcomes = await asyncio.gather(*(race(number) for number in range(80)))
+        outcomes = await asyncio.gather(*(race(number) for number in range(50)))
     assert set(outcomes) <= {(True, "cancelled"), (False, "completed")}
     assert len(set(outcomes)) == 2, "the race was always won by the same side"
-    assert sql(dsn, f"select count(*) from penstock_events where type in {TERMINAL}") == [80]
+    assert sql(dsn, f"select count(*) from penstock_events where type in {TERMINAL}") == [50]
 
 
 async def test_a_second_terminal_event_is_refused_by_the_database_itself(dsn: str) -> None:
@@ -273,13 +273,16 @@ async def test_retries_come_to_an_end(dsn: str) -> None:
 
 
 async def test_many_tasks_keep_the_concurrency(dsn: str) -> None:
-    running, most, done = 0, 0, set[int]()
+    running, most, done, all_there = 0, 0, set[int](), asyncio.Event()
 
     async def work(task: dict[str, Any]) -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
-        await asyncio.sleep(0.05)
+        if running == 7:
+            all_there.set()
+        await all_there.wait()
+        await asyncio.sleep(0.005)
         running -= 1
         done.add(task["id"])
 
