@@ -23,6 +23,35 @@ from pipeline.scheduler.amounts import as_capacity, as_needs, check_needs, exact
 from pipeline.scheduler.claim import Claim, Group
 from pipeline.scheduler.engine import Engine
 
+decimals = st.decimals(min_value=0, max_value=10**6, allow_nan=False, allow_infinity=False, places=6)
+
+
+@given(st.lists(decimals, min_size=1, max_size=20))
+def test_decimals_given_as_floats_are_those_decimals(amounts: list[Decimal]) -> None:
+    total: Any = 0
+    for amount in amounts:
+        total += exact(float(amount), "it")
+    assert total == sum(map(Fraction, amounts))
+    for amount in amounts:
+        total -= exact(float(amount), "it")
+    assert total == 0
+
+
+def test_a_whole_amount_is_an_int_however_it_is_written() -> None:
+    for value in (2, 2.0, Decimal(2), Decimal("2.00"), Fraction(4, 2)):
+        assert type(exact(value, "it")) is int
+
+
+def test_numbers_of_other_libraries_are_the_decimals_that_they_print_as() -> None:
+    assert exact(numpy.float32(0.1), "it") == Fraction(1, 10)
+    assert exact(numpy.float64(0.3), "it") == Fraction(3, 10)
+    assert exact(numpy.int64(7), "it") == 7
+
+
+def test_amounts_are_shown_as_they_were_given() -> None:
+    assert [plain(exact(value, "it")) for value in (0.1, 3, 2.5, Fraction(1, 4))] == [0.1, 3, 2.5, 0.25]
+
+
 INTEGERS = (numpy.int8, numpy.uint8, numpy.int16, numpy.uint32, numpy.int64, numpy.uint64)
 
 

@@ -7,54 +7,23 @@ both have admitted the same work in the same order and have the same left.
 from __future__ import annotations
 
 import sys
+import weakref
 from decimal import Decimal
 from fractions import Fraction
 from threading import get_ident
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from staging import Body, Work
 
 from pipeline.scheduler import Scheduler
-from pipeline.scheduler.amounts import as_capacity, as_needs, check_needs, exact, plain
+from pipeline.scheduler.amounts import as_capacity, as_needs, check_needs, plain
 from pipeline.scheduler.claim import Claim, Group, Phase
 from pipeline.scheduler.engine import Engine
 from pipeline.scheduler.handles import PipelineHandle, State, TaskHandle
-
-# --- amounts
-
-decimals = st.decimals(min_value=0, max_value=10**6, allow_nan=False, allow_infinity=False, places=6)
-
-
-@given(st.lists(decimals, min_size=1, max_size=20))
-def test_decimals_given_as_floats_are_those_decimals(amounts: list[Decimal]) -> None:
-    total: Any = 0
-    for amount in amounts:
-        total += exact(float(amount), "it")
-    assert total == sum(map(Fraction, amounts))
-    for amount in amounts:
-        total -= exact(float(amount), "it")
-    assert total == 0
-
-
-def test_a_whole_amount_is_an_int_however_it_is_written() -> None:
-    for value in (2, 2.0, Decimal(2), Decimal("2.00"), Fraction(4, 2)):
-        assert type(exact(value, "it")) is int
-
-
-def test_numbers_of_other_libraries_are_the_decimals_that_they_print_as() -> None:
-    numpy = pytest.importorskip("numpy")
-    assert exact(numpy.float32(0.1), "it") == Fraction(1, 10)
-    assert exact(numpy.float64(0.3), "it") == Fraction(3, 10)
-    assert exact(numpy.int64(7), "it") == 7
-
-
-def test_amounts_are_shown_as_they_were_given() -> None:
-    assert [plain(exact(value, "it")) for value in (0.1, 3, 2.5, Fraction(1, 4))] == [0.1, 3, 2.5, 0.25]
-
 
 # --- engine and model
 
@@ -306,31 +275,14 @@ def test_a_higher_priority_goes_before_a_later_stage() -> None:
     assert engine.admit() == [urgent]
 
 
-@pytest.mark.parametrize("fairness", [1, 3, 10])
-def test_with_fairness_a_pipeline_waits_for_a_bounded_number_of_others(fairness: int) -> None:
-    engine = _engine(cpu=1, fairness=fairness)
-    favourites = [Group(number, f"favourite-{number}") for number in range(3)]
-    late = Group(9, "late")
-    count = iter(range(1, 10**6))
-    running = _claim(engine, favourites[0], next(count), stage=5, cpu=1)
-    assert engine.submit(running)
-    for group in favourites:
-        engine.submit(_claim(engine, group, next(count), stage=5, cpu=1))
-    engine.submit(_claim(engine, late, next(count), cpu=1))
-    gaps, gap = [], 0
-    for _ in range(200):
-        for group in favourites:  # there is always something that is further along
-            engine.submit(_claim(engine, group, next(count), stage=5, cpu=1))
-        engine.drop(running)
-        (running,) = engine.admit()
-        if running.group is late:
-            gaps.append(gap)
-            gap = 0
-            engine.submit(_claim(engine, late, next(count), cpu=1))
-        else:
-            gap += 1
-    assert gaps
-    assert max(gaps) <= fairness + len(favourites)
+def test_whoever_fits_beside_one_that_takes_over_begins_with_it() -> None:
+    engine, group = _engine(cpu=3), Group(1, "g")
+    claims = [_claim(engine, group, number, cpu=cpu) for number, cpu in enumerate((2, 2, 1, 2))]
+    assert [engine.submit(claim) for claim in claims] == [True, False, False, False]
+    assert engine.hand_over(claims[0]) == claims[1:3]
+    assert engine.free["cpu"] == 0
+    assert engine.hand_over(claims[1]) == claims[3:]
+    assert list(engine.holding) == claims[2:]
 
 
 def test_without_fairness_what_is_further_along_always_goes_first() -> None:
@@ -412,3 +364,17 @@ def test_what_was_withdrawn_does_not_stay_in_memory() -> None:
             assert claim.phase is Phase.OVER
         assert sum(1 for _ in _in_line(engine.queue)) < 200
         assert len(group.heap) < 200
+
+
+def test_whoever_keeps_one_that_was_admitted_does_not_keep_those_behind_it() -> None:
+    engine, group = _engine(cpu=1), Group(1, "g")
+    first, *others = [_claim(engine, group, number, cpu=1) for number in range(4)]
+    for claim in (first, *others):
+        engine.submit(claim)
+    kept, known = others[0], [weakref.ref(claim) for claim in others[1:]]
+    for claim in (first, *others):
+        engine.drop(claim)
+        engine.admit()
+    del others, claim
+    assert kept.phase is Phase.OVER
+    assert [each() for each in known] == [None, None]
