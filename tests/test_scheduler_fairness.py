@@ -5,12 +5,17 @@ The rule kept here: the bound is counted from outside, by what was admitted, and
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import AsyncExitStack
 from random import Random
 
+import pytest
+from helpers import LIMIT, eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from staging import Work
+from staging import Latch, Work, submit
 
+from pipeline.scheduler import Scheduler, StagedPipeline
 from pipeline.scheduler.amounts import as_capacity
 from pipeline.scheduler.claim import Claim, Group, Phase
 from pipeline.scheduler.engine import Engine
@@ -113,3 +118,38 @@ def test_the_bound_is_reached() -> None:
     assert counter.longest == 3 + len(others)
     counter.end(0)
     assert [claim.group for claim in counter.held] == [counter.groups[late]]
+
+
+@pytest.mark.parametrize("kind", ["reservation", "task"])
+async def test_who_is_overdue_by_one_that_holds_at_once_begins_at_once(kind: str) -> None:
+    latch = Latch()
+    with Scheduler(resources={"cpu": 4}, fairness=1) as scheduler:
+        async with AsyncExitStack() as held:
+            early = scheduler.reserve(cpu=3)
+            await early.__aenter__()
+            await held.enter_async_context(scheduler.reserve(cpu=1))
+            waiters: list[asyncio.Task[None]] = []
+            for name, options in {"passed over": {"cpu": 2}, "large": {"cpu": 4, "stage": 1}}.items():
+                waiters.append(asyncio.create_task(_hold(scheduler, name, options)))
+                await eventually(lambda: scheduler.snapshot().waiting == len(waiters))
+            await early.__aexit__()
+            assert [row.name for row in scheduler.snapshot().blocked] == ["large", "passed over"]
+            if kind == "reservation":
+                await held.enter_async_context(scheduler.reserve(cpu=1, stage=2))
+            else:
+                handle = submit(scheduler, lambda pipeline: _later(pipeline, latch))
+                await asyncio.to_thread(handle.result, LIMIT)
+            assert [row.name for row in scheduler.snapshot().blocked] == ["large"]
+            latch.let_go.set()
+        await asyncio.wait(waiters)
+
+
+async def _hold(scheduler: Scheduler, name: str, options: dict[str, int]) -> None:
+    async with scheduler.reserve(name=name, **options):
+        await asyncio.sleep(0)
+
+
+def _later(pipeline: StagedPipeline, latch: Latch) -> None:
+    pipeline.stage_forward()
+    pipeline.stage_forward()
+    pipeline.task(latch, resources={"cpu": 1}).run()

@@ -10,6 +10,7 @@ import json
 import threading
 from contextlib import AsyncExitStack
 from dataclasses import FrozenInstanceError
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -87,6 +88,26 @@ def test_a_task_that_waits_for_a_thread_says_so() -> None:
             return blocked.reason
 
         assert submit(scheduler, body).result(LIMIT) == "needs a worker thread, all 1 are taken"
+
+
+async def test_the_seconds_of_what_runs_begin_when_it_got_what_it_needs() -> None:
+    scheduler, ended = Scheduler(resources={"cpu": 1}), asyncio.Event()
+
+    async def use() -> None:
+        async with scheduler.reserve(cpu=1):
+            await ended.wait()
+
+    before = monotonic()
+    async with scheduler.reserve(cpu=1):
+        second = asyncio.create_task(use())
+        await eventually(lambda: scheduler.snapshot().waiting)
+        waited = scheduler.snapshot().blocked[0].seconds
+        assert 0 < waited < monotonic() - before
+        freed = monotonic()
+    (row,) = scheduler.snapshot().running
+    assert row.seconds < monotonic() - freed
+    ended.set()
+    await second
 
 
 def test_many_that_wait_are_counted_and_the_next_ones_described() -> None:
