@@ -317,8 +317,8 @@ class Scheduler:
     def snapshot(self, most: int = 1000) -> SchedulerSnapshot:
         """What runs, what is about to, and what waits for what: at one moment, from any thread.
 
-        At most `most` of those that wait are described, the next ones first; all are counted. The lock is held while what
-        waits is copied, about 20 ns each.
+        At most `most` of those that wait are described, the next ones first; all are counted. What it costs depends on
+        what holds and what is described, not on how much waits.
         """
         return read_snapshot(self, most)
 
