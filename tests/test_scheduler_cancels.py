@@ -21,6 +21,7 @@ from helpers import LIMIT, eventually
 
 from pipeline import Err, ErrorPolicy, Grace, Pipeline, PipelineCancelled, PipelineFailed, RunReport
 from pipeline.scheduler import Scheduler
+from pipeline.testing import explore
 from stages import Retry, stage
 
 HOWS = ("cancel", "drain", "force", "escalate", "task", "break", "nothing")
@@ -145,6 +146,27 @@ def test_stopped_at_random_moments_everything_is_given_back(loop: Any) -> None:
     with asyncio.Runner(loop_factory=loop) as runner:
         for seed in range(40):
             runner.run(_story(seed + 1000 * (loop is None), ("loop", "thread")))
+
+
+def test_stopped_at_every_single_step_everything_is_given_back() -> None:
+    schedulers: list[Scheduler] = []
+
+    def make() -> Pipeline[int]:
+        schedulers.append(scheduler := Scheduler(resources={"cpu": 1, "mem": 0.3}))
+        first = stage(concurrency=2, resources={"cpu": 1})(_wait_for_a_second)
+        second = stage(concurrency=2, ordered=True, retry=2, resources={"mem": 0.2})(_wait_for_a_second)
+        return Pipeline(range(3), scheduler=scheduler) >> first >> second
+
+    explore(make)
+    assert len(schedulers) > 200
+    for scheduler in schedulers:
+        assert scheduler.engine.free == scheduler.engine.capacity
+        assert scheduler.snapshot().waiting == 0
+
+
+async def _wait_for_a_second(item: int) -> int:
+    await asyncio.sleep(1)
+    return item
 
 
 def test_workers_that_are_killed_give_back_what_their_items_held() -> None:
