@@ -372,7 +372,7 @@ class Nothing(StreamTask):
         return None
 
 
-async def test_a_class_without_a_process_cannot_be_made() -> None:
+async def test_a_class_without_a_process_cannot_be_started(coordinator: TaskCoordinator) -> None:
     with pytest.raises(TypeError, match="process"):
-        type("Empty", (StreamTask,), {})()
+        coordinator.start_task(*KEY, type("Empty", (StreamTask,), {})())
     assert Nothing()

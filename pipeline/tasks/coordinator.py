@@ -23,13 +23,14 @@ from typing import Any, Self
 from ..cancellation.reason import CancelReason
 from ..cancellation.triggers import Trigger
 from ..observe.logs import get_logger
-from .errors import CoordinatorClosedError, TaskAlreadyRunningError, TaskError
+from .errors import CoordinatorClosedError, TaskAlreadyRunningError
 from .events import TaskKey
+from .execution import check_interval
 from .log import HistorySubscription, TaskLog
 from .running import RunningTask, as_reason
-from .shutdown import ShutdownReport, SignalledShutdown, stop_tasks
+from .shutdown import ShutdownReport, SignalledShutdown, check_seconds, check_stop, stop_tasks
 from .status import Subscription, TaskHub, TaskStatus
-from .task import Work, current_task
+from .task import Work
 
 __all__ = ["TaskCoordinator", "coordinator"]
 
@@ -47,6 +48,10 @@ class TaskCoordinator(TaskHub):
     """
 
     def __init__(self, *, progress_interval: float = 0.25, keep: int = 1_000, keep_for: float = 3_600.0) -> None:
+        check_interval(progress_interval)
+        check_seconds("keep_for", keep_for)
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"keep is a whole number, 0 or more, not {keep!r}")
         self._interval = progress_interval
         self._keep, self._keep_for = keep, keep_for
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -164,10 +169,7 @@ class TaskCoordinator(TaskHub):
         with `"stuck": true`. Nothing that a task does is raised here. May be called again, also while it waits: a call with
         `timeout=0` ends the waiting. The reason's code is "shutdown" unless it has one.
         """
-        current = current_task()
-        inside = self._running.get(current.key) if current is not None else None
-        if inside is not None and inside.task is asyncio.current_task():
-            raise TaskError(f"task {inside.key} cannot wait for the shutdown that waits for it: start that from outside")
+        check_stop(self._running.values(), timeout)
         self._bind()
         self._closed = True
         why = as_reason("the service is shutting down" if reason is None else reason, None)

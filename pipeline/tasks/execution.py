@@ -32,7 +32,7 @@ from .graph import stages_of
 from .progress import ProgressReporter
 from .task import StreamTask, TaskContext, Work, check_work, enter_task, finished, leave_task
 
-__all__ = ["Execution", "TaskEnd"]
+__all__ = ["Execution", "TaskEnd", "check_interval"]
 
 _CODE = "task_cancelled"
 """The code of a cancellation that came through asyncio, without a reason."""
@@ -82,7 +82,7 @@ class Execution:
         items: bool = False,
     ) -> None:
         self._takes_context = check_work(work)
-        _check_interval(progress_interval)
+        check_interval(progress_interval)
         self.context = context
         self._work = work
         self._triggers = _triggers(timeout, cancel_on)
@@ -330,7 +330,8 @@ def _cancelling() -> int:
     return 0 if task is None else task.cancelling()
 
 
-def _check_interval(seconds: object) -> None:
+def check_interval(seconds: object) -> None:
+    """Raises ValueError for what is no interval of progress events."""
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
         raise ValueError(f"progress_interval is a number of seconds, more than 0, not {seconds!r}")
 

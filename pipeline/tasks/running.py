@@ -13,11 +13,12 @@ from typing import Any
 
 from ..cancellation.reason import CancelReason
 from ..observe.logs import get_logger
+from .errors import TaskError
 from .events import EventType, TaskEvent, TaskKey
 from .execution import Execution, TaskEnd
 from .log import HistorySubscription, RunHistory, TaskLog
 from .status import Subscription, TaskState, TaskStatus
-from .task import TaskContext, Work
+from .task import TaskContext, Work, current_task
 
 __all__ = ["RunningTask", "as_reason"]
 
@@ -85,6 +86,13 @@ class RunningTask:
         """Why it was asked to stop."""
         return self._execution.reasons
 
+    def is_here(self) -> bool:
+        """Whether this is called by the asyncio task that does the work, also while that starts eagerly."""
+        current = current_task()
+        if current is not self._context:  # a task that it has started
+            return False
+        return self._task is None or self._task is asyncio.current_task()
+
     def status(self) -> TaskStatus:
         """As it is at this moment."""
         newest, terminal = self._history.newest, self._history.terminal
@@ -111,7 +119,12 @@ class RunningTask:
         return TaskState.QUEUED if self._history.began is None else TaskState.RUNNING
 
     async def wait(self) -> TaskEvent:
-        """Wait for its end, cleanup included; the terminal event. Giving up the wait changes nothing."""
+        """Wait for its end, cleanup included; the terminal event. Giving up the wait changes nothing.
+
+        Raises `TaskError` in the work itself, which would wait for ever.
+        """
+        if self.is_here():
+            raise TaskError(f"task {self.key} cannot wait for its own end; return, and wait for it from outside")
         await asyncio.wait([self._gone])
         assert self._history.terminal is not None
         return self._history.terminal

@@ -6,7 +6,7 @@ The rule kept here: nobody waits longer than he said, and what did not stop is n
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 from types import TracebackType
@@ -17,10 +17,11 @@ from ..cancellation.reason import CancelReason
 from ..cancellation.signals import SignalTrigger
 from ..cancellation.triggers import TriggerHandle
 from ..observe.logs import get_logger
+from .errors import TaskError
 from .events import TaskKey
 from .running import RunningTask
 
-__all__ = ["ShutdownReport", "SignalledShutdown", "stop_tasks"]
+__all__ = ["ShutdownReport", "SignalledShutdown", "check_seconds", "check_stop", "stop_tasks"]
 
 CODE = "shutdown"
 
@@ -51,6 +52,20 @@ async def stop_tasks(tasks: Sequence[RunningTask], reason: CancelReason, timeout
     return ShutdownReport(tuple(task.key for task in tasks if not task.stuck), stuck, monotonic() - began)
 
 
+def check_stop(tasks: Iterable[RunningTask], timeout: object) -> None:
+    """Raises ValueError for what is no time to wait, `TaskError` inside one of these tasks, which would wait for itself."""
+    check_seconds("timeout", timeout)
+    for task in tasks:
+        if task.is_here():
+            raise TaskError(f"task {task.key} cannot wait for the shutdown that waits for it: start that from outside")
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Raises ValueError for what is no time to wait."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ValueError(f"{name} is a number of seconds, 0 or more, not {value!r}")
+
+
 class Shutdown(Protocol):
     """A coordinator's or backend's."""
 
@@ -61,6 +76,7 @@ class SignalledShutdown:
     """A block whose end is a shutdown when a signal comes; `report` is what that did, None without a signal."""
 
     def __init__(self, shutdown: Shutdown, signals: Sequence[int], timeout: float) -> None:
+        check_seconds("timeout", timeout)
         self.report: ShutdownReport | None = None
         self._shutdown = shutdown
         self._trigger = SignalTrigger(*signals, code=CODE)

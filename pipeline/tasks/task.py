@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from contextvars import ContextVar, Token
@@ -165,10 +164,11 @@ class TaskContext:
                     raise TaskOverError(self.key) from None
 
 
-class StreamTask(ABC):
+class StreamTask:
     """A task as a class: a subclass has `async def process(self)`, and `self.context` while that runs.
 
     What `process` returns is the value of the task, unless `mark_completed` has said one. One object runs once at a time.
+    It has no metaclass, so that a model of Django or SQLAlchemy, or a frozen dataclass, may be one too.
     """
 
     _context: TaskContext | None = None
@@ -180,9 +180,9 @@ class StreamTask(ABC):
             raise RuntimeError(f"{type(self).__qualname__} does not run: its context is there inside process()")
         return self._context
 
-    @abstractmethod
     async def process(self) -> Any:
         """The work. `Any`: its value, see `TaskContext.send_event` for what can be told of it."""
+        raise NotImplementedError(f"{type(self).__qualname__} has no process: write `async def process(self)`")
 
     async def send_event(self, type: EventType | str, data: Mapping[str, Any] | None = None) -> None:
         """See `TaskContext.send_event`."""
@@ -201,14 +201,29 @@ class StreamTask(ABC):
         if self._context is not None:
             raise RuntimeError(f"this {type(self).__qualname__} runs already as task {self._context.key}; make another one")
 
+    def check_process(self) -> None:
+        """Raises TypeError for a `process` that cannot be run."""
+        name = type(self).__qualname__
+        if type(self).process is StreamTask.process:
+            raise TypeError(f"{name} has no process: write `async def process(self)`")
+        if not _is_coroutine_function(self.process):
+            raise TypeError(f"{name}.process is no coroutine function: make it `async def process(self)`, without `yield`")
+        try:
+            inspect.signature(self.process).bind()
+        except TypeError:
+            raise TypeError(
+                f"{name}.process takes {inspect.signature(self.process)}; it is called without arguments, "
+                "and finds the context in self.context"
+            ) from None
+
     async def run_with(self, context: TaskContext) -> Any:
         """Run `process` with this context. Raises RuntimeError while it runs already."""
         self.check_idle()
-        self._context = context
+        object.__setattr__(self, "_context", context)  # it may be a frozen dataclass
         try:
             return await self.process()
         finally:
-            self._context = None
+            object.__setattr__(self, "_context", None)
 
 
 Work: TypeAlias = Pipeline[Any] | StreamTask | Callable[[], Awaitable[Any]] | Callable[[TaskContext], Awaitable[Any]]
@@ -238,6 +253,7 @@ def check_work(work: object) -> bool:
     if isinstance(work, Pipeline):
         return False
     if isinstance(work, StreamTask):
+        work.check_process()
         work.check_idle()
         return False
     if inspect.iscoroutine(work):
@@ -269,6 +285,7 @@ async def finished(function: object, result: Any) -> Any:
 def _is_coroutine_function(work: Callable[..., Any]) -> bool:
     while isinstance(work, partial):
         work = work.func
+    work = inspect.unwrap(work)  # a decorator's wrapper may be a plain function
     if getattr(work, "__name__", None) == "<lambda>":
         return True  # `lambda: fetch(url)`; what it returns is looked at when it has
     return inspect.iscoroutinefunction(work) or inspect.iscoroutinefunction(getattr(work, "__call__", None))  # noqa: B004
@@ -281,9 +298,14 @@ def _takes_context(work: Callable[..., Any]) -> bool:
             signature.bind(*arguments)
         except TypeError:
             continue
-        required = bool(arguments)
-        return required or any(parameter.name == "context" for parameter in signature.parameters.values())
+        return bool(arguments) or any(_is_for_context(parameter) for parameter in signature.parameters.values())
     raise TypeError(f"the work {work!r} takes {signature}; it is called without arguments, or with the TaskContext alone")
+
+
+def _is_for_context(parameter: inspect.Parameter) -> bool:
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.KEYWORD_ONLY):
+        return False
+    return parameter.name == "context" or TaskContext.__name__ in str(parameter.annotation)
 
 
 def _event_type(type: EventType | str) -> EventType:

@@ -16,7 +16,7 @@ from ..coordinator import TaskCoordinator
 from ..errors import CoordinatorClosedError
 from ..events import TaskKey
 from ..running import RunningTask
-from ..shutdown import stop_tasks
+from ..shutdown import check_seconds, check_stop, stop_tasks
 from .base import Submitted, TaskBackend, key_of
 
 __all__ = ["AsyncFireAndTrackBackend"]
@@ -37,6 +37,8 @@ class AsyncFireAndTrackBackend(TaskBackend):
         cancel_timeout_seconds: float = 5.0,
         coordinator: TaskCoordinator | None = None,
     ) -> None:
+        check_seconds("shutdown_timeout_seconds", shutdown_timeout_seconds)
+        check_seconds("cancel_timeout_seconds", cancel_timeout_seconds)
         super().__init__()
         self.coordinator = TaskCoordinator() if coordinator is None else coordinator
         self._drain_timeout = shutdown_timeout_seconds
@@ -76,6 +78,7 @@ class AsyncFireAndTrackBackend(TaskBackend):
 
     async def shutdown(self) -> None:
         """Take nothing more; wait for what is in flight, then cancel it. What was cancelled or is stuck is named in the log."""
+        check_stop(self._inflight.values(), self._drain_timeout)
         self._ready, self._closed = False, True
         pending = list(self._inflight.values())
         if not pending:
