@@ -9,6 +9,7 @@ import asyncio
 import gc
 import random
 import threading
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -107,6 +108,8 @@ async def test_waiting_has_a_limit_and_its_error_says_who_has_it(scheduler: Sche
         with pytest.raises(TimeoutError, match=r"needs 1 cpu, 0\.5 free, held by the first \(1\.5\)"):
             async with scheduler.reserve(cpu=1, timeout=0.001):
                 raise AssertionError("not possible")
+        with pytest.raises(TimeoutError, match="within 0.001 s"):
+            await scheduler.reserve(cpu=1, timeout=Decimal("0.001")).__aenter__()
         async with scheduler.reserve(cpu=0.5, timeout=0):
             pass
 

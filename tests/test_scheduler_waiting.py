@@ -8,8 +8,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, Protocol
 
+import numpy
 import pytest
 from helpers import LIMIT
 from staging import Latch, boom, nothing, submit
@@ -166,6 +169,18 @@ def test_wrong_kinds_times_and_conditions_are_errors(place: Place) -> None:
         with pytest.raises(ValueError, match="return_when is"):
             place.wait([handle], return_when=condition)  # type: ignore[arg-type]
     place.wait([handle])
+
+
+@in_both
+def test_seconds_may_be_any_kind_of_number(place: Place) -> None:
+    latch = Latch()
+    handle = place.start(latch)
+    for seconds in (Fraction(1, 1000), Decimal("0.001"), numpy.float32(0.001), numpy.int8(0)):
+        assert place.wait([handle], timeout=seconds) == (set(), {handle})  # type: ignore[arg-type]
+        with pytest.raises(TimeoutError, match="has not ended within"):
+            handle.result(seconds)
+    latch.let_go.set()
+    assert handle.result(10**400) is None
 
 
 @in_both

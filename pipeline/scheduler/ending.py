@@ -105,7 +105,7 @@ class Handle:
     # --- waiting
 
     def _wait(self, timeout: float | None) -> None:
-        check_timeout(timeout)
+        timeout = check_timeout(timeout)
         if self.state >= _SUCCEEDED:
             return
         if timeout != 0:

@@ -111,13 +111,12 @@ class Reservation:
     def __init__(
         self, scheduler: Scheduler, needs: Needs, title: str, priority: int, stage: int, timeout: float | None
     ) -> None:
-        check_timeout(timeout)
+        self._timeout = check_timeout(timeout)
         self._scheduler = scheduler
         self._needs = needs
         self._title = title
         self._priority = priority
         self._stage = stage
-        self._timeout = timeout
         self._hold: Hold | None = None
 
     async def __aenter__(self) -> Reservation:

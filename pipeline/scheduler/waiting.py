@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION
+from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -48,15 +49,18 @@ class Waiter:
             self.bell.acquire(timeout=timeout)
 
 
-def check_timeout(timeout: Any) -> None:
+def check_timeout(timeout: Any) -> float | None:
+    """Seconds of any kind of number, as a float; `ValueError` for what is none, or negative, or no number at all."""
     if timeout is None:
-        return
+        return None
     try:
-        good = timeout >= 0  # nan is not, either
-    except TypeError:
-        good = False
-    if not good:
-        raise ValueError(f"timeout is a number of seconds, 0 or more, or None to wait as long as it takes; not {timeout!r}")
+        if timeout >= 0:  # nan is not, either; and a text cannot be compared
+            return float(timeout)
+    except OverflowError:
+        return inf
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"timeout is a number of seconds, 0 or more, or None to wait as long as it takes; not {timeout!r}")
 
 
 def wait_for(
@@ -66,7 +70,7 @@ def wait_for(
 
     Runs out of time without an error. Only handles of `owner` can be waited for; `where` says what that is.
     """
-    check_timeout(timeout)
+    timeout = check_timeout(timeout)
     if return_when not in _CONDITIONS:
         raise ValueError(f"return_when is FIRST_COMPLETED, FIRST_EXCEPTION or ALL_COMPLETED, not {return_when!r}")
     given = list(handles)
