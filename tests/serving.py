@@ -142,3 +142,29 @@ def served(folder: Path, source: str, *args: str, target: str = "program:hub") -
         found = re.search(r"serving tasks on (http://\S+)", program.out())
         assert found is not None
         yield program, found[1]
+
+
+async def follow_over_http(
+    url: str, path: str, *, started: asyncio.Semaphore | None = None, last: int | None = None
+) -> tuple[list[Sent], bool]:
+    """The events of a stream over a connection of its own, and whether its end came as it should."""
+    parts = urlsplit(url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    try:
+        since = "" if last is None else f"Last-Event-ID: {last}\r\n"
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: {parts.netloc}\r\n{since}\r\n".encode())
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200"), head
+        assert b"transfer-encoding: chunked" in head.lower()
+        body = b""
+        while size := int(await reader.readline() or b"0", 16):
+            body += await reader.readexactly(size)
+            await reader.readline()
+            if started is not None and b"event: item" in body:
+                started.release()
+                started = None
+        complete = await reader.readline() == b"\r\n"
+        return events_in(body.decode()), complete
+    finally:
+        writer.close()
+        await writer.wait_closed()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -265,3 +267,36 @@ def test_the_second_signal_does_not_wait_for_what_is_stuck(tmp_path: Path) -> No
     assert "told 3 cancelled received SIGTERM True" in finished.out
     assert "stopped by ['received SIGTERM', 'received SIGINT (signal number 2 since armed)'] stuck ['shop/Import/3']" in finished.out
     assert "tasks did not stop and were left behind" in finished.err
+
+
+BLOCKED = """
+    import asyncio, signal, time
+    from pipeline.tasks import TaskCoordinator
+
+    async def work():
+        print("blocked", flush=True)
+        try:
+            time.sleep(600)
+        finally:
+            print("interrupted", flush=True)
+
+    async def main():
+        coordinator = TaskCoordinator()
+        async with coordinator.shutting_down_on(signal.SIGTERM, signal.SIGINT, timeout=600):
+            await coordinator.start_task("shop", "Import", 1, work).wait()
+
+    asyncio.run(main())
+"""
+
+
+def test_signals_end_a_program_whose_loop_is_blocked(tmp_path: Path) -> None:
+    with Program(tmp_path, BLOCKED) as program:
+        program.says("blocked")
+        while program.process.poll() is None:  # it takes those of the first two seconds for impatience
+            program.interrupt(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                program.process.wait(timeout=0.5)
+        finished = program.finish()
+    assert finished.code == 128 + signal.SIGTERM
+    assert "interrupted" in finished.out
+    assert "the event loop is blocked and hears no signals" in finished.err

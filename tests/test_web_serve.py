@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 from helpers import LIMIT, Program, alive, run_program, until
-from serving import CLI, Sent, events_in, served
+from serving import CLI, follow_over_http, served
 
 from pipeline.tasks import TaskCoordinator, create_app
 from pipeline.tasks.targets import TargetError
@@ -47,34 +47,11 @@ TASKS = """
 """
 
 
-async def follow(url: str, path: str, *, started: asyncio.Semaphore | None = None) -> tuple[list[Sent], bool]:
-    """The events of a stream over a connection of its own, and whether its end came as it should."""
-    parts = urlsplit(url)
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-    try:
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n".encode())
-        head = await reader.readuntil(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 200"), head
-        assert b"transfer-encoding: chunked" in head.lower()
-        body = b""
-        while size := int(await reader.readline() or b"0", 16):
-            body += await reader.readexactly(size)
-            await reader.readline()
-            if started is not None and b"event: item" in body:
-                started.release()
-                started = None
-        complete = await reader.readline() == b"\r\n"
-        return events_in(body.decode()), complete
-    finally:
-        writer.close()
-        await writer.wait_closed()
-
-
 async def test_two_hundred_clients_get_every_terminal_event_when_the_server_is_told_to_stop(tmp_path: Path) -> None:
     with served(tmp_path, TASKS, target="program:make") as (program, url):
         started = asyncio.Semaphore(0)
         clients = [
-            asyncio.create_task(follow(url, f"/tasks/load/busy/{number % 10}/events", started=started))
+            asyncio.create_task(follow_over_http(url, f"/tasks/load/busy/{number % 10}/events", started=started))
             for number in range(200)
         ]
         async with asyncio.timeout(LIMIT):
@@ -177,7 +154,7 @@ STUCK = """
 
 async def test_a_task_that_does_not_stop_is_named_and_does_not_stop_the_server_from_ending(tmp_path: Path) -> None:
     with served(tmp_path, STUCK, "--shutdown-timeout", "0.1", target="program:make") as (program, url):
-        client = asyncio.create_task(follow(url, "/tasks/a/deaf/1/events"))
+        client = asyncio.create_task(follow_over_http(url, "/tasks/a/deaf/1/events"))
         await asyncio.to_thread(until, lambda: httpx.get(f"{url}/tasks/a/deaf/1").json()["state"] == "running")
         program.interrupt(signal.SIGTERM)
         events, complete = await client
