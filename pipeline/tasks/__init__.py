@@ -2,7 +2,8 @@
 
 The rooms:
 
-- `coordinator`: starts tasks in this process and knows them; `running`: one of them; `shutdown`: all of them, stopped
+- `coordinator`: starts tasks in this process and knows them; `running`: one of them; `shutdown`: all of them, stopped;
+  `escape`: when even that cannot be
 - `task`: what can be run, and what it has in hand; `execution`: one attempt at it; `progress`, `graph`: pipelines
 - `events`, `data`, `errors`, `status`: what is told; `log`: its history in memory, and those who follow it
 - `backends`: tasks as dicts, that run inline, in this process, or in workers of a database

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from time import monotonic
 from types import TracebackType
@@ -18,6 +19,7 @@ from ..cancellation.signals import SignalTrigger
 from ..cancellation.triggers import TriggerHandle
 from ..observe.logs import get_logger
 from .errors import TaskError
+from .escape import BlockedLoopExit
 from .events import TaskKey
 from .running import RunningTask
 
@@ -73,13 +75,17 @@ class Shutdown(Protocol):
 
 
 class SignalledShutdown:
-    """A block whose end is a shutdown when a signal comes; `report` is what that did, None without a signal."""
+    """A block whose end is a shutdown when a signal comes; `report` is what that did, None without a signal.
+
+    While a task blocks the loop nothing can be shut down: see `BlockedLoopExit` for what a signal does then.
+    """
 
     def __init__(self, shutdown: Shutdown, signals: Sequence[int], timeout: float) -> None:
         check_seconds("timeout", timeout)
         self.report: ShutdownReport | None = None
         self._shutdown = shutdown
         self._trigger = SignalTrigger(*signals, code=CODE)
+        self._exit = BlockedLoopExit(*signals)
         self._timeout = timeout
         self._fence = Fence()
         self._handle = TriggerHandle()
@@ -88,7 +94,10 @@ class SignalledShutdown:
         """The signals that have come."""
 
     async def __aenter__(self) -> Self:
-        self._handle = self._trigger.arm(self._signalled)
+        with ExitStack() as armed:
+            armed.callback(self._exit.arm().disarm)
+            armed.callback(self._trigger.arm(self._signalled).disarm)
+            self._handle = TriggerHandle(armed.pop_all().close)
         self._fence.__enter__()
         return self
 
