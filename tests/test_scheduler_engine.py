@@ -225,6 +225,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if number in self.began:
             self.began.remove(number)
             self.ready.remove(task)
+        assert not task.begin()
         self._begin(self.model.drop(number))
 
     def _begin(self, admitted: list[int]) -> None:
