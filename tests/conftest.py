@@ -21,6 +21,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+import structlog
 import uvloop
 
 from pipeline import Pipeline
@@ -86,6 +87,13 @@ def _nothing_left(request: pytest.FixtureRequest, _keepers: None) -> Iterator[No
     _kill(pid for pid in Census().children if pid not in children)
     if complaints:
         pytest.fail("left behind:\n" + "\n".join(f"  {text}" for text in complaints), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_they_were() -> Iterator[None]:
+    """structlog's `capture_logs` leaves it configured, and the library then logs elsewhere."""
+    yield
+    structlog.reset_defaults()
 
 
 def _declared(node: pytest.Item) -> set[str]:
