@@ -9,17 +9,21 @@ from functools import wraps
 from typing import Any
 
 import pytest
-from tasking import KEY, Held, everything
+from helpers import turns
+from tasking import KEY, Deaf, Held, everything
 
 from pipeline.tasks import (
     AsyncFireAndTrackBackend,
     EventType,
     RunningTask,
     StreamTask,
+    SyncTaskBackend,
     TaskContext,
     TaskCoordinator,
     TaskError,
     TaskState,
+    UnknownTaskError,
+    current_task,
 )
 
 
@@ -210,3 +214,49 @@ def test_a_coordinator_checks_its_options_when_it_is_made(options: dict[str, Any
 def test_a_backend_checks_its_options_when_it_is_made(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} is a number of seconds, 0 or more, not"):
         AsyncFireAndTrackBackend(**{name: value})
+
+
+# --- loops
+
+
+def test_a_start_without_a_loop_says_what_to_do() -> None:
+    with pytest.raises(RuntimeError, match=r"start them in an `async def`, run by asyncio.run"):
+        TaskCoordinator().start_task(*KEY, Fetch(""))
+
+
+@pytest.mark.abandons("task")
+def test_a_task_whose_loop_was_closed_is_not_said_to_run() -> None:
+    coordinator, loop = TaskCoordinator(), asyncio.new_event_loop()
+
+    async def start() -> RunningTask:
+        return coordinator.start_task(*KEY, Held())
+
+    running = loop.run_until_complete(start())
+    running.task._log_destroy_pending = False  # type: ignore[attr-defined]
+    loop.close()
+
+    async def ask() -> tuple[Any, ...]:
+        assert not await coordinator.cancel_task(*KEY)
+        with pytest.raises(UnknownTaskError):
+            await everything(coordinator)
+        return coordinator.is_task_running(*KEY), await coordinator.get_task(*KEY), await coordinator.list_tasks()
+
+    assert asyncio.run(ask()) == (False, None, [])
+
+
+async def test_what_the_one_who_submitted_it_has_left_is_counted_and_stopped_by_the_shutdown() -> None:
+    backend, deaf = SyncTaskBackend(), Deaf()
+    backend.set_executor(lambda task: deaf(current_task()))  # type: ignore[arg-type]
+    submitting = asyncio.create_task(backend.submit({}))
+    await deaf.began.wait()
+    for _ in range(2):  # the second time it does not wait for the cleanup
+        submitting.cancel()
+        await turns(5)
+    assert submitting.cancelled()
+    assert backend.inflight_count == 1
+    stopping = asyncio.create_task(backend.shutdown())
+    await turns(5)
+    assert not stopping.done()
+    deaf.opened.set()
+    await stopping
+    assert backend.inflight_count == 0

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..cancellation.reason import CancelReason
+from ..cancellation.signals import running_loop
 from ..cancellation.triggers import Trigger
 from ..observe.logs import get_logger
 from .errors import CoordinatorClosedError, TaskAlreadyRunningError
@@ -108,6 +109,7 @@ class TaskCoordinator(TaskHub):
 
     def is_task_running(self, app: object, name: object, id: object) -> bool:
         """Whether a task of this key was started and has not ended."""
+        self._forget_lost()
         return TaskKey.of(app, name, id) in self._running
 
     # --- watching and cancelling
@@ -138,6 +140,7 @@ class TaskCoordinator(TaskHub):
         """
         key = TaskKey.of(app, name, id)
         given = as_reason(reason, code)
+        self._forget_lost()
         running = self._running.get(key)
         if running is not None:
             return running.cancel(given)
@@ -197,17 +200,24 @@ class TaskCoordinator(TaskHub):
 
     def _bind(self) -> None:
         """Belong to the running loop. What an earlier loop has left behind when it was closed is forgotten."""
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
+        if loop is None:
+            raise RuntimeError("tasks need a running event loop: start them in an `async def`, run by asyncio.run(main())")
         if self._loop is loop:
             return
         if self._running and self._loop is not None and not self._loop.is_closed():
             raise RuntimeError("this coordinator has tasks in another event loop: make a coordinator for each loop")
         if self._loop is not None:
             self._closed = False
+            self._forget_lost()
+        self._loop = loop
+
+    def _forget_lost(self) -> None:
+        """Forget what a loop has left behind when it was closed: nobody will ever tell how it ended."""
+        if self._running and self._loop is not None and self._loop.is_closed():
             for key in self._running:
                 del self._logs[key]
             self._running.clear()
-        self._loop = loop
 
     def _task_ended(self, running: RunningTask) -> None:
         key = running.key
@@ -219,6 +229,7 @@ class TaskCoordinator(TaskHub):
         self._forget_old()
 
     def _forget_old(self) -> None:
+        self._forget_lost()
         oldest = monotonic() - self._keep_for
         while self._ended:
             key, (_, ended, _) = next(iter(self._ended.items()))

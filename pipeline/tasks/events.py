@@ -67,7 +67,8 @@ class TaskEvent:
     """One thing that happened to a task.
 
     `seq` counts from 1 for each task, and goes on counting when the task is started again; `at` is in seconds since the
-    epoch; `data` is ready for JSON. `dropped` is how many events were left out for this subscriber between the one before
+    epoch; `data` is ready for JSON, and shared by
+    all who follow the task: read it, and change a copy. `dropped` is how many events were left out for this subscriber between the one before
     and this one, because it was too slow or came too late; it is no part of the event itself.
     """
 

@@ -6,13 +6,20 @@ The rule kept here: `submit` returns when the task is over. Whoever is cancelled
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
+from ...cancellation.reason import CancelReason
 from ..coordinator import TaskCoordinator
 from ..events import TaskKey
+from ..running import RunningTask
+from ..shutdown import stop_tasks
 from .base import Submitted, TaskBackend, key_of
 
 __all__ = ["SyncTaskBackend"]
+
+_CLEANUP = 5.0
+"""Seconds for what was left by those who have submitted it."""
 
 
 class SyncTaskBackend(TaskBackend):
@@ -24,7 +31,9 @@ class SyncTaskBackend(TaskBackend):
     def __init__(self, *, coordinator: TaskCoordinator | None = None) -> None:
         super().__init__()
         self.coordinator = TaskCoordinator() if coordinator is None else coordinator
-        self._inflight = 0
+        self._inflight: set[RunningTask] = set()
+        self._left: set[RunningTask] = set()
+        """Those that nobody waits for any more, though they are not over."""
 
     @property
     def hub(self) -> TaskCoordinator:
@@ -32,7 +41,7 @@ class SyncTaskBackend(TaskBackend):
 
     @property
     def inflight_count(self) -> int:
-        return self._inflight
+        return len(self._inflight)
 
     async def initialize(self) -> None:
         """Nothing has to be opened."""
@@ -44,16 +53,23 @@ class SyncTaskBackend(TaskBackend):
         if executor is None:
             return None
         running = self.coordinator.start_task(*key, Submitted(executor, dict(task)), payload=task)
-        self._inflight += 1
+        self._inflight.add(running)
+        running.gone.add_done_callback(partial(self._over, running))
         try:
             await running.wait()
         except asyncio.CancelledError:
             running.cancel("the code that has submitted the task was cancelled", code="parent_cancelled")
+            self._left.add(running)
             await running.wait()
             raise
-        finally:
-            self._inflight -= 1
         return key
 
+    def _over(self, running: RunningTask, _: object) -> None:
+        self._inflight.discard(running)
+        self._left.discard(running)
+
     async def shutdown(self) -> None:
-        """Nothing is left to be done: what was submitted is over, or somebody still waits for it."""
+        """What was submitted is over, or somebody waits for it; what nobody waits for is given 5 s, and named if it is stuck."""
+        if self._left:
+            reason = CancelReason("the backend is shutting down", code="shutdown", origin="SyncTaskBackend")
+            await stop_tasks(list(self._left), reason, _CLEANUP)
