@@ -10,6 +10,8 @@ import argparse
 import asyncio
 import signal
 import socket
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -481,3 +483,31 @@ def open_stream(url: str, path: str = "/tasks/load/busy/1/events") -> socket.soc
     connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n".encode())
     assert connection.recv(100).startswith(b"HTTP/1.1 200")
     return connection
+
+
+BLOCKED = """
+    import time
+    from pipeline.tasks import TaskCoordinator
+
+    hub = TaskCoordinator()
+
+    async def block():
+        print("blocked", flush=True)
+        time.sleep(600)
+
+    async def make():
+        hub.start_task("a", "blocks", 1, block)
+        return hub
+"""
+
+
+def test_signals_end_a_server_whose_loop_a_task_blocks(tmp_path: Path) -> None:
+    with Program(tmp_path, BLOCKED, "serve", "program:make", "--port", "0", "--shutdown-timeout", "1", interpreter=CLI) as program:
+        program.says("blocked")
+        while program.process.poll() is None:  # it takes those of the first two seconds for impatience
+            program.interrupt(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                program.process.wait(timeout=0.5)
+        finished = program.finish()
+    assert finished.code == 128 + signal.SIGTERM
+    assert "the event loop is blocked and hears no signals" in finished.err

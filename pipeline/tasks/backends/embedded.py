@@ -117,7 +117,7 @@ class EmbeddedServer:
             server.ensure_postgres_running()
         except Exception as error:
             raise RuntimeError(
-                f"the embedded PostgreSQL in {folder} does not start; see {folder / 'log'}: {error}"
+                f"the embedded PostgreSQL in {folder} does not start; see {folder / 'log'}{_because(error)}"
             ) from error
         return server
 
@@ -190,3 +190,9 @@ def _forget_dead(folder: Path) -> None:
         pid = _pid_in(folder / name)
         if pid is not None and not (_runs(pid) and _is_ours(pid, folder)):
             (folder / name).unlink(missing_ok=True)
+
+
+def _because(error: Exception) -> str:
+    """What is known; nothing while an earlier server is still going down."""
+    text = str(error).strip()
+    return f": {text}" if text else ""

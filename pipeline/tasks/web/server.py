@@ -27,6 +27,7 @@ from ...cancellation.reason import CancelReason
 from ...cancellation.signals import SignalTrigger
 from ...observe.logs import get_logger
 from ...result import describe
+from ..escape import BlockedLoopExit
 from ..targets import hub_of
 from .sse import OpenStreams, streams_of
 from .stopping import initialize, shut_down_within
@@ -84,6 +85,7 @@ class Service:
                 stack.callback(one.close)
             for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
                 stack.callback(SignalTrigger(number, code="shutdown").arm(partial(self._heard, number, code)).disarm)
+            stack.callback(BlockedLoopExit(signal.SIGTERM, signal.SIGINT).arm().disarm)
             try:
                 return await self._run()
             finally:
