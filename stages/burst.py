@@ -20,7 +20,7 @@ from functools import cache, lru_cache
 from time import perf_counter
 from typing import Any, NamedTuple
 
-__all__ = ["SIMPLE", "Burst", "Loops", "StepKind", "compile_loops", "only_computes"]
+__all__ = ["SIMPLE", "Burst", "Loops", "StepKind", "as_raised", "compile_loops", "only_computes"]
 
 _FILE = "<fused stages>"
 
@@ -266,3 +266,11 @@ class _Writer:
         self._line("    if stop: return None")
         self._line("    continue")
         self._line(f"   k{step} = type({value})")
+
+
+def as_raised(error: BaseException) -> BaseException:
+    """A step's `StopIteration`, which Python has turned into a `RuntimeError` at the edge of the loop's coroutine."""
+    moved = isinstance(error, RuntimeError) and isinstance(error.__cause__, (StopIteration, StopAsyncIteration))
+    if moved and (error.__traceback__ is None or error.__traceback__.tb_next is None):  # nothing further in has raised it
+        return error.__cause__ or error
+    return error

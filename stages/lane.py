@@ -23,7 +23,7 @@ from workers.base import is_pending
 from workers.loop import is_being_cancelled
 
 from .account import Account
-from .burst import SIMPLE, Burst, compile_loops
+from .burst import SIMPLE, Burst, as_raised, compile_loops
 from .control import SKIP, PlainTypes
 from .flow import FAILURES, Flow, Step, Unusual
 from .tempo import LONG, Tempo
@@ -204,7 +204,7 @@ class Lane:
             else:
                 stopped = run
         except BaseException as error_or_stop:
-            caught = _as_raised(error_or_stop)
+            caught = as_raised(error_or_stop)
             place = loop.failed_step(caught)
             if place is None or not isinstance(caught, FAILURES) or (loop.awaits and is_being_cancelled(caught)):
                 self._close(place[0] if place else None)
@@ -398,11 +398,3 @@ class Lane:
             step.counters.latency.add(seconds, weight)
         else:
             step.clock(seconds, weight)
-
-
-def _as_raised(error: BaseException) -> BaseException:
-    """A step's `StopIteration`, which Python has turned into a `RuntimeError` at the edge of the loop's coroutine."""
-    moved = isinstance(error, RuntimeError) and isinstance(error.__cause__, (StopIteration, StopAsyncIteration))
-    if moved and (error.__traceback__ is None or error.__traceback__.tb_next is None):  # nothing further in has raised it
-        return error.__cause__ or error
-    return error

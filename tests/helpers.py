@@ -317,6 +317,15 @@ class Program:
         else:
             os.kill(self.process.pid, signum)
 
+    def insist(self, signum: int) -> Finished:
+        """Send a signal again and again, as somebody impatient does, until it has ended."""
+        ends = time.monotonic() + LIMIT
+        while self.process.poll() is None and time.monotonic() < ends:
+            self.interrupt(signum)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=0.5)
+        return self.finish(0)
+
     def finish(self, seconds: float = LIMIT) -> Finished:
         """Wait for its end; `TimeoutExpired` when that does not come."""
         began = time.monotonic()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import subprocess
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -292,11 +290,7 @@ BLOCKED = """
 def test_signals_end_a_program_whose_loop_is_blocked(tmp_path: Path) -> None:
     with Program(tmp_path, BLOCKED) as program:
         program.says("blocked")
-        while program.process.poll() is None:  # it takes those of the first two seconds for impatience
-            program.interrupt(signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                program.process.wait(timeout=0.5)
-        finished = program.finish()
+        finished = program.insist(signal.SIGTERM)  # it takes those of the first two seconds for impatience
     assert finished.code == 128 + signal.SIGTERM
     assert "interrupted" in finished.out
     assert "the event loop is blocked and hears no signals" in finished.err

@@ -10,8 +10,6 @@ import argparse
 import asyncio
 import signal
 import socket
-import subprocess
-from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -504,10 +502,6 @@ BLOCKED = """
 def test_signals_end_a_server_whose_loop_a_task_blocks(tmp_path: Path) -> None:
     with Program(tmp_path, BLOCKED, "serve", "program:make", "--port", "0", "--shutdown-timeout", "1", interpreter=CLI) as program:
         program.says("blocked")
-        while program.process.poll() is None:  # it takes those of the first two seconds for impatience
-            program.interrupt(signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                program.process.wait(timeout=0.5)
-        finished = program.finish()
+        finished = program.insist(signal.SIGTERM)  # it takes those of the first two seconds for impatience
     assert finished.code == 128 + signal.SIGTERM
     assert "the event loop is blocked and hears no signals" in finished.err

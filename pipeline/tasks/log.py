@@ -14,8 +14,7 @@ import json
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from .errors import TaskOverError, UnknownTaskError
 from .events import TERMINAL, EventType, TaskEvent, TaskKey
@@ -180,9 +179,6 @@ class HistorySubscription(Subscription):
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
 
-    def __aiter__(self) -> Self:
-        return self
-
     async def __anext__(self) -> TaskEvent:
         history = self._history
         if history is None:
@@ -211,14 +207,6 @@ class HistorySubscription(Subscription):
         finally:
             self._waiter = None
             history.dismiss(waiter)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
 
     async def aclose(self) -> None:
         """No more events; whoever waits for one is told that there is none. Idempotent."""

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import TracebackType
 from typing import Any, Protocol, Self
 
 from ..cancellation.reason import CancelReason
@@ -87,13 +88,22 @@ class Subscription(AbstractAsyncContextManager["Subscription"], Protocol):
     dropped: int
     """Events left out so far, because the subscriber was too slow or came too late."""
 
-    def __aiter__(self) -> AsyncIterator[TaskEvent]: ...
+    def __aiter__(self) -> AsyncIterator[TaskEvent]:
+        return self
 
     async def __anext__(self) -> TaskEvent: ...
 
-    async def __aenter__(self) -> Self: ...
+    async def aclose(self) -> None:
+        """No more events; whoever waits for one is told that there is none. Idempotent."""
+        ...
 
-    async def aclose(self) -> None: ...
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
 
 
 class TaskHub(Protocol):

@@ -7,8 +7,6 @@ process. A task that ten thousand watch is read once, and one that nobody watche
 from __future__ import annotations
 
 import asyncio
-from types import TracebackType
-from typing import Self
 from weakref import WeakSet
 
 from ....observe.logs import get_logger
@@ -160,9 +158,6 @@ class TableSubscription(Subscription):
         self._inner: HistorySubscription | None = None
         self._closed = False
 
-    def __aiter__(self) -> Self:
-        return self
-
     async def __anext__(self) -> TaskEvent:
         if self._closed:
             raise StopAsyncIteration
@@ -181,14 +176,6 @@ class TableSubscription(Subscription):
         if self._closed:  # meanwhile
             await self.aclose()
         return self._inner
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
 
     async def aclose(self) -> None:
         """No more events. Idempotent."""
