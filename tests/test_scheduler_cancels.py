@@ -99,7 +99,7 @@ async def _run(pipeline: Pipeline[Any], leave_after: int | None) -> RunReport | 
 async def _story(seed: int, places: tuple[str, ...]) -> None:
     random = Random(seed)
     scheduler = Scheduler(resources={"cpu": 2, "mem": 0.3}, fairness=random.choice((None, 1, 5)))
-    pipelines = [_pipeline(random, scheduler, places, random.choice((5, 30, 100))) for _ in range(random.randrange(1, 3))]
+    pipelines = [_pipeline(random, scheduler, places, random.choice((5, 20, 40))) for _ in range(random.randrange(1, 3))]
     how = random.choice(HOWS)
     runs = [asyncio.create_task(_run(pipeline, random.randrange(20) if how == "break" else None)) for pipeline in pipelines]
     for _ in range(random.randrange(60)):
