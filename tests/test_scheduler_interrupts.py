@@ -171,7 +171,7 @@ def test_a_handler_of_ones_own_is_called_with_what_it_would_have_got() -> None:
 
 def test_an_interrupted_wait_leaves_the_block_which_closes(tmp_path: Path) -> None:
     source = """
-        import threading
+        import os, threading
         from pipeline.scheduler import Scheduler
         from staging import Latch, submit
 
@@ -181,7 +181,7 @@ def test_an_interrupted_wait_leaves_the_block_which_closes(tmp_path: Path) -> No
                 handle = submit(scheduler, lambda pipeline: pipeline.task(latch, resources={"cpu": 1}).run().result())
                 latch.wait_begun()
                 try:
-                    print("waits", flush=True)
+                    os.write(1, b"waits\\n")
                     scheduler.wait_pipelines([handle])
                 finally:
                     latch.let_go.set()
@@ -196,6 +196,7 @@ def test_an_interrupted_wait_leaves_the_block_which_closes(tmp_path: Path) -> No
 
 def test_a_close_that_takes_too_long_can_be_interrupted_too(tmp_path: Path) -> None:
     source = """
+        import os
         from pipeline.scheduler import Scheduler
         from staging import Latch, submit
 
@@ -203,8 +204,8 @@ def test_a_close_that_takes_too_long_can_be_interrupted_too(tmp_path: Path) -> N
         scheduler = Scheduler(resources={"cpu": 1})
         handle = submit(scheduler, latch)
         latch.wait_begun()
-        print("closes", flush=True)
         try:
+            os.write(1, b"closes\\n")
             scheduler.close()
         except KeyboardInterrupt:
             print(scheduler.shutdown_started(), scheduler.closed(), handle.done())

@@ -167,7 +167,7 @@ def test_an_interrupted_call_ends_its_program_and_a_second_interruption_ends_the
     source = """
         import signal, sys
         from pipeline.scheduler import run_subprocess
-        program = "import signal, sys, time; signal.signal(15, lambda *_: print('asked', flush=True)); print('up', flush=True)\\nwhile True: time.sleep(9)"
+        program = "import os, signal, time; signal.signal(15, lambda *_: os.write(1, b'asked\\\\n')); os.write(1, b'up\\\\n')\\nwhile True: time.sleep(9)"
         try:
             run_subprocess([sys.executable, "-c", program], terminate_grace_seconds=None)
         except KeyboardInterrupt:
