@@ -17,8 +17,8 @@ SEED ?= 1
 demo: $(VENV)/.installed
 	$(BIN)/python examples/10_index_source.py $(PATH_TO_INDEX)
 
-# Several processes, for most of what the tests do is to wait.
-TEST = -m pytest -n auto --maxprocesses 4 --dist worksteal
+# Three processes, also on two cores, for most of what the tests do is to wait.
+TEST = -m pytest -n 3 --dist worksteal
 test: $(VENV)/.installed-dev browser
 	$(BIN)/python $(TEST)
 
