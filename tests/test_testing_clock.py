@@ -314,6 +314,17 @@ class TestWhatStaysReal:
 
         assert 0.02 <= run_virtual(main()) < LIMIT
 
+    def test_a_loop_that_is_busy_when_real_work_begins_sees_all_of_its_time(self) -> None:
+        async def main() -> float:
+            job = asyncio.get_running_loop().run_in_executor(None, time.sleep, 0.02)
+            busy = time.monotonic() + 0.02
+            while time.monotonic() < busy:
+                pass
+            await job
+            return now()
+
+        assert 0.02 <= run_virtual(main()) < LIMIT
+
     def test_real_time_is_for_threads_that_nobody_knows_of(self) -> None:
         async def main() -> float:
             loop, heard = asyncio.get_running_loop(), asyncio.Event()

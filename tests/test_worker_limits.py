@@ -15,6 +15,7 @@ from helpers import LIMIT, Flag, Journal, assert_balanced, eventually
 
 from pipeline import Err, ErrorPolicy, Pipeline, StageConfigError, StageMetrics, WorkerLostError
 from stages import InProcess, stage
+from workers.process.child import Child
 
 MB = 2**20
 
@@ -204,6 +205,19 @@ async def test_a_handler_that_leaks_loses_nothing_however_much_it_leaks(megabyte
     assert [item for item, _ in result] == list(items)
     assert max(Counter(pid for _, pid in result).values()) <= 256 // megabytes
     assert len({pid for _, pid in result}) > 1
+
+
+@pytest.mark.parametrize("last_word", ["_let_go", "cancelled"])
+def test_a_worn_worker_that_was_let_go_waits_for_no_answer(last_word: str) -> None:
+    child = Child.__new__(Child)  # as it is when the parent's last word has come just before it finds itself worn
+    child._recalled = threading.Event()
+    child._let_go = child.cancelled = False
+    setattr(child, last_word, True)
+    child._recalled.set()
+    retiring = threading.Thread(target=child._retire, daemon=True)
+    retiring.start()
+    retiring.join(LIMIT)
+    assert not retiring.is_alive()
 
 
 async def test_memory_that_is_reserved_and_not_used_does_not_count() -> None:

@@ -104,6 +104,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     @contextmanager
     def holding(self) -> Generator[None, None, None]:
         """Time is real inside."""
+        self._clock.real_begins()
         self._holds += 1
         try:
             yield
@@ -111,6 +112,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             self._holds -= 1
 
     def run_in_executor(self, executor: Executor | None, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        self._clock.real_begins()
         job = super().run_in_executor(executor, func, *args)
         self._jobs.add(job)
         job.add_done_callback(self._jobs.discard)
@@ -161,6 +163,11 @@ class _Clock(selectors.DefaultSelector):
         # A step that is too small for the float would stand still for ever.
         self.now = max(self.now + timeout, math.nextafter(self.now, math.inf))
         return []
+
+    def real_begins(self) -> None:
+        """Real work begins now: what the loop does until it looks at the clock again counts for it too."""
+        if self._real is None:
+            self._real = time.monotonic()
 
     def _keep_up(self) -> bool:
         """While there is real work, time is real, however busy the loop is."""

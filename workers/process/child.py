@@ -179,6 +179,8 @@ class Child:
     def _retire(self) -> None:
         """Another worker shall take this one's place: begin nothing more, and wait until the rest is given back."""
         self._recalled.clear()
+        if self._let_go or self.cancelled:  # looked at after the clearing, which may have come after the last word
+            return
         self._flush()
         self._write(frame(Frame.WORN, None))
         self._recalled.wait()  # bounded by the parent, which answers, hangs up, or is dead
