@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Ite
 from time import monotonic, perf_counter, sleep
 from typing import Any, Protocol
 
+from pipeline.cancellation.work import working_on
 from pipeline.protocols import StopToken
 
 from .base import Handler, HandlerKind, Outcome, WorkerState, is_pending
@@ -72,7 +73,8 @@ class Performer:
         return self._handler.kind.many
 
     def open(self) -> None:
-        """Run `setup`; whatever it raises is the caller's."""
+        """Run `setup`; whatever it raises is the caller's. For good: all of this thread's work is asked to end as one."""
+        working_on.set(_Asked(self._state.stage, self._control))
         try:
             if self._handler.setup is not None:
                 self.finish(self._handler.setup(self._state))
@@ -81,7 +83,8 @@ class Performer:
             raise
 
     def close(self) -> None:
-        """Run `teardown`, then close the loop; whatever it raises is the caller's."""
+        """Run `teardown`, which is asked nothing, then close the loop; whatever it raises is the caller's."""
+        working_on.set(None)
         try:
             if self._handler.teardown is not None:
                 self.finish(self._handler.teardown(self._state))
@@ -214,6 +217,30 @@ class Performer:
                 if self._clock is not None and deadline is not None:
                     # Waiting for room is not the handler's time. The timer cannot have fired: the loop was in `send`.
                     self._clock.reschedule(deadline + loop.time() - began)
+
+
+class _Asked:
+    """The request to end that whatever a handler calls can see."""
+
+    def __init__(self, stage: str, token: StopToken) -> None:
+        self.title = f"the work of stage {stage}"
+        self._token = token
+
+    @property
+    def asked(self) -> bool:
+        return self._token.cancelled
+
+    requested = asked
+
+    @property
+    def reason(self) -> str | None:
+        return next((reason.message for reason in self._token.reasons), None)
+
+    def context(self) -> _Asked:
+        return self
+
+    def wait(self, seconds: float) -> bool:
+        return not pause(seconds, self._token)
 
 
 def pause(seconds: float, token: StopToken) -> bool:

@@ -1,18 +1,18 @@
-"""What a task knows of itself while it runs: whether it was asked to end.
+"""What work knows of itself while it runs: whether it was asked to end.
 
 The rule kept here: nobody is interrupted. A task looks when it suits it, and ends by itself; whatever it calls, also in an
-event loop of its own, sees the same request.
+event loop of its own, sees the same request. So does a handler in a thread or a process, whose request is its run's end.
 """
 
 from __future__ import annotations
 
 import threading
-from contextvars import ContextVar
-from typing import Protocol
+
+from pipeline.cancellation.work import working_on
 
 from .errors import TerminatedError
 
-__all__ = ["TaskContext", "raise_if_terminate_requested", "terminate_requested", "working_on"]
+__all__ = ["TaskContext", "raise_if_terminate_requested", "terminate_requested"]
 
 
 class TaskContext:
@@ -47,27 +47,17 @@ class TaskContext:
         return self._bell.wait(seconds)
 
 
-class Work(Protocol):
-    """A running task. Most are never asked, and have no context before somebody wants it."""
-
-    @property
-    def asked(self) -> bool: ...
-
-    def context(self) -> TaskContext: ...
-
-
-working_on: ContextVar[Work | None] = ContextVar("working_on", default=None)
-
-
 def terminate_requested() -> bool:
-    """Whether the task that calls this has been asked to end. False outside of tasks. Costs about 100 ns."""
+    """Whether the work that calls this has been asked to end: a task, or a stage's handler in a thread or a process, whose
+    run is aborted or whose attempt has used up its timeout. False elsewhere. Costs about 100 ns.
+    """
     work = working_on.get()
     return work is not None and work.asked
 
 
 def raise_if_terminate_requested() -> None:
-    """End the task that calls this, with `TerminatedError`, if it has been asked to."""
+    """End the work that calls this, with `TerminatedError`, if it has been asked to."""
     work = working_on.get()
     if work is not None and work.asked:
         context = work.context()
-        raise TerminatedError(f"the task {context.title} was asked to end" + (f": {context.reason}" if context.reason else ""))
+        raise TerminatedError(f"{context.title} was asked to end" + (f": {context.reason}" if context.reason else ""))

@@ -13,8 +13,10 @@ from time import monotonic
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+from pipeline.cancellation.work import working_on
+
 from .claim import Claim, Group, Phase
-from .context import TaskContext, working_on
+from .context import TaskContext
 from .ending import Handle, State
 from .errors import TerminatedError
 

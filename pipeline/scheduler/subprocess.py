@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .context import TaskContext, working_on
+from pipeline.cancellation.programs import groups
+from pipeline.cancellation.work import Request, working_on
+
+from .context import TaskContext
 from .errors import TerminatedError
 
 __all__ = ["run_subprocess"]
@@ -28,20 +31,30 @@ def run_subprocess(
 ) -> int:
     """Run a program and return its exit code; negative, the signal that has ended it.
 
-    When the task that calls this is asked to end, the program's process group gets SIGTERM and, if any of it is left
+    When the work that calls this is asked to end (a task; or a handler in a thread or a process, see `terminate_requested`), the program's process group gets SIGTERM and, if any of it is left
     after `terminate_grace_seconds` (None: however long it takes), SIGKILL; then `TerminatedError` is raised. The same
     happens, without the error, when this call is interrupted; a second interruption ends the grace. A task that was asked
     before starts no program. What leaves the group (a daemon, `setsid`) is not found, and what is still in it when the
-    program has ended by itself goes on. `options` are those of `subprocess.Popen`, such as `cwd`, `env`, `stdout`; stdin
-    is empty if they do not say otherwise. POSIX only. Ends are seen within 50 ms.
+    program has ended by itself goes on. When the interpreter, or a stage's worker process, ends during the call, the group
+    gets SIGKILL; only who is killed with SIGKILL leaves it behind: stages with a `timeout` run programs in threads.
+    `options` are those of `subprocess.Popen`, such as `cwd`, `env`, `stdout`; stdin is empty if they do not say otherwise.
+    POSIX only. Ends are seen within 50 ms.
     """
     command = _check(argv, terminate_grace_seconds, options)
     work = working_on.get()
-    context = TaskContext("") if work is None else work.context()
+    context: Request = TaskContext("") if work is None else work.context()
     if context.requested:
         raise _terminated(command, context, "was not started")
     given: dict[str, Any] = {"stdin": subprocess.DEVNULL, **options, "start_new_session": True}
     program: subprocess.Popen[Any] = subprocess.Popen(command, **given)
+    groups.add(program.pid)
+    try:
+        return _see_through(program, command, context, terminate_grace_seconds)
+    finally:
+        groups.discard(program.pid)
+
+
+def _see_through(program: subprocess.Popen[Any], command: tuple[str, ...], context: Request, grace: float | None) -> int:
     try:
         asked = _wait(program, context)
     except ChildProcessError:  # its number may belong to anybody by now
@@ -50,11 +63,11 @@ def run_subprocess(
             "ignores SIGCHLD, or waits for all of its children with os.wait() or os.waitpid(-1)"
         ) from None
     except BaseException:
-        _end_group(program, terminate_grace_seconds)
+        _end_group(program, grace)
         raise
     if not asked:
-        return program.wait()
-    forced = _end_group(program, terminate_grace_seconds)
+        return _reap(program)
+    forced = _end_group(program, grace)
     raise _terminated(command, context, "was ended", pid=program.pid, returncode=program.returncode, forced_kill=forced)
 
 
@@ -77,12 +90,12 @@ def _check(argv: Any, grace: float | None, options: dict[str, Any]) -> tuple[str
     return command
 
 
-def _terminated(command: tuple[str, ...], context: TaskContext, what: str, **found: Any) -> TerminatedError:
+def _terminated(command: tuple[str, ...], context: Request, what: str, **found: Any) -> TerminatedError:
     why = f": {context.reason}" if context.reason else ""
     return TerminatedError(f"{command[0]} {what} because its task was asked to end{why}", argv=command, **found)
 
 
-def _wait(program: subprocess.Popen[Any], context: TaskContext) -> bool:
+def _wait(program: subprocess.Popen[Any], context: Request) -> bool:
     """Until the program has ended (False), or the task was asked to (True)."""
     pause = _FIRST_LOOK
     while not _ended(program):
@@ -112,8 +125,13 @@ def _end_group(program: subprocess.Popen[Any], grace: float | None) -> bool:
         # Also when nobody was seen: one that forks and exits again and again is never where one looks. The system gives a
         # signal to all of a group at once, so nobody slips through here.
         os.killpg(program.pid, signal.SIGKILL)
-        program.wait()  # it has ended, or was killed just now
+        _reap(program)  # it has ended, or was killed just now
     return alive
+
+
+def _reap(program: subprocess.Popen[Any]) -> int:
+    groups.discard(program.pid)  # first: from now on its number may be anybody's
+    return program.wait()
 
 
 def _group_alive(program: subprocess.Popen[Any]) -> bool:

@@ -26,6 +26,7 @@ from typing import Any
 from multiprocess import process as mp_process
 
 from pipeline.cancellation.current import push_reasons
+from pipeline.cancellation.programs import kill_programs
 from pipeline.cancellation.reason import CancelReason
 
 from ..base import Outcome, WorkerState
@@ -115,7 +116,7 @@ class Child:
     def terminate(self, *_: object) -> None:
         """SIGTERM: end at once, if the parent has let go of this process."""
         if self.cancelled or self._let_go:
-            os._exit(128 + signal.SIGTERM)
+            _leave(128 + signal.SIGTERM)
 
     def live(self, handler: bytes) -> None:
         threading.Thread(target=self._read, name="reader", daemon=True).start()
@@ -306,9 +307,9 @@ class Child:
         try:
             self._listen()
         except MemoryError:
-            os._exit(Exit.OUT_OF_MEMORY)
+            _leave(Exit.OUT_OF_MEMORY)
         except BaseException:  # the handler has closed descriptors that are not its own
-            os._exit(1)
+            _leave(1)
 
     def _listen(self) -> None:
         parent = mp_process.parent_process()
@@ -324,7 +325,7 @@ class Child:
                     self._flush()  # an item takes long: what was finished before it does not wait for it
                 continue
             if self._down not in ready:
-                os._exit(1)  # the parent is gone: nobody wants what this process could still do
+                _leave(1)  # the parent is gone: nobody wants what this process could still do
             chunk = os.read(self._down, _CHUNK)
             if not chunk:
                 self._let_go = True
@@ -336,7 +337,7 @@ class Child:
         if parent is not None:
             poll.unregister(self._down)
             poll.poll()
-            os._exit(1)
+            _leave(1)
 
     def _obey(self, kind: Frame, content: Any) -> None:
         if kind is Frame.ITEMS:
@@ -376,3 +377,9 @@ class Child:
                 self._packer.drop(item if self._simple else item[1])
         with contextlib.suppress(_HungUp):
             self._write(frame(Frame.RETURNED, number))
+
+
+def _leave(code: int) -> None:
+    """End at once, in any thread."""
+    kill_programs()
+    os._exit(code)
