@@ -88,6 +88,8 @@ class Attempt:
         finally:
             for look in self._looks:
                 look.cancel()
+            if self._journal is not None:
+                await self._journal.close()
         if outcome != EventType.COMPLETED:
             log.info("task left", outcome=outcome)
 
@@ -158,7 +160,7 @@ class Attempt:
         )
         try:
             self._execution = Execution(
-                Submitted(self._options.executor, claim.payload),
+                _Guarded(self._options.executor, claim.payload),
                 context,
                 timeout=claim.timeout,
                 progress_interval=self._options.progress_interval,
@@ -180,7 +182,7 @@ class Attempt:
         finally:
             leaving.cancel()
         if running.done():
-            return running.result()
+            return _end_of(self._execution, running)
         context.close()
         self.stuck = True
         get_logger().error("task does not stop, and is left behind", task=str(claim.key), waited=self._options.cleanup)
@@ -236,6 +238,26 @@ class Attempt:
                 return False
         await self._journal.flush()
         return True
+
+
+class _Guarded(Submitted):
+    """A submitted task that cannot end the worker, and with it the tasks of others."""
+
+    async def __call__(self) -> Any:
+        try:
+            return await super().__call__()
+        except SystemExit as error:
+            raise RuntimeError(f"the task has called sys.exit({error.code!r}); raise an exception instead") from error
+
+
+def _end_of(execution: Execution, running: asyncio.Task[TaskEnd]) -> TaskEnd:
+    """How work has ended, also when it has raised what is no `Exception`. What ends the program goes through."""
+    error = asyncio.CancelledError() if running.cancelled() else running.exception()
+    if error is None:
+        return running.result()
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        raise error
+    return execution.end_of(error)
 
 
 def told(end: TaskEnd, asked: tuple[CancelReason, ...]) -> tuple[EventType, Mapping[str, Any]]:

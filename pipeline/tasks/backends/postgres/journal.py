@@ -102,6 +102,10 @@ class Journal:
     async def flush(self) -> None:
         """Write what is left, and close: what becomes of the task is another's to say."""
         await self.write_waiting()
+        await self.close()
+
+    async def close(self) -> None:
+        """Write nothing any more. Idempotent."""
         await self._close()
         await self._stop()
 
