@@ -85,7 +85,9 @@ begin
         return;
     end if;
     reasons := t.reasons;
-    if n > 0 and t.seq = p_seq + n then
+    if n > 0 and t.seq = p_seq + n and exists (
+        select from penstock_events where task = p_task and seq = t.seq and type = p_types[n] and at = p_at[n]
+    ) then
         outcome := 'written';
     elsif t.state not in ('running', 'cancelling') or t.seq <> p_seq then
         outcome := 'superseded';
