@@ -39,14 +39,22 @@ def check_dsn(dsn: object) -> str:
     if not isinstance(dsn, str):
         raise TypeError(f"a DSN is a text such as 'postgresql://user@host/database', not {type(dsn).__qualname__}")
     try:
-        if not conninfo_to_dict(dsn):
+        told = {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
+        if not told or _is_cut_wrongly(told):
             raise ValueError
     except (psycopg.ProgrammingError, ValueError):
         raise ValueError(
             "this DSN cannot be read (it is not repeated here, for it may have a password); "
-            "write 'postgresql://user:password@host:5432/database', or 'host=... dbname=... user=...'"
+            "write 'postgresql://user:password@host:5432/database', with %2F for a '/' and %40 for an '@' in the password, "
+            "or 'host=... dbname=... user=...'"
         ) from None
     return dsn
+
+
+def _is_cut_wrongly(told: dict[str, str]) -> bool:
+    """Whether a part of the password, with a "/" or "@" in it, was taken for the host, the port or the database."""
+    port, host, database = (told.get(name, "") for name in ("port", "host", "dbname"))
+    return not (port.replace(",", "") or "0").isdecimal() or "@" in host[1:] + database
 
 
 def place_of(dsn: str) -> str:
@@ -78,6 +86,7 @@ class Database:
         self._dsn = make_conninfo(
             dsn,
             application_name=name,
+            client_encoding="utf8",
             connect_timeout=max(2, math.ceil(connect_timeout)),  # libpq's least
             keepalives_idle=15,
             keepalives_interval=5,
@@ -201,7 +210,11 @@ def pass_cancellation() -> None:
 
 
 async def _configure(connection: Connection) -> None:
+    """What is relied on here, whatever a role or a database has for its defaults."""
     await connection.set_autocommit(True)
+    await connection.execute(
+        "select set_config('default_transaction_isolation', 'read committed', false), set_config('datestyle', 'ISO', false)"
+    )
 
 
 def in_one_line(error: BaseException) -> str:
