@@ -19,6 +19,7 @@ from procrastinate.retry import RetryValue
 from psycopg.pq import TransactionStatus
 
 from ....cancellation.reason import CancelReason
+from ....cancellation.signals import running_loop
 from ....observe.logs import get_logger
 from ...data import plain
 from ...errors import CoordinatorClosedError, TaskAlreadyRunningError
@@ -31,6 +32,7 @@ from .attempt import AttemptOptions
 from .database import check_dsn
 from .mirrors import TableSubscription
 from .opened import Opened
+from .queue import is_cron
 from .retention import CRON, prune
 from .settings import Settings, default_name, retry_strategy, seconds
 from .store import as_json
@@ -97,6 +99,7 @@ class PostgresTaskBackend(TaskBackend):
         self._periodic: list[tuple[str, dict[str, Any]]] = []
         self._opening = asyncio.Lock()
         self._open: Opened | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._closed = False
         self._worker: Worker | None = None
 
@@ -137,6 +140,8 @@ class PostgresTaskBackend(TaskBackend):
         Raises ConnectionError, within `connect_timeout` for a DSN, when there is no database; RuntimeError when it is too old.
         """
         async with self._opening:
+            if self._open is not None and self._open.loop.is_closed():
+                self._open = self._worker = None  # left behind, without a shutdown
             if self._open is None:
                 dsn = self._dsn if self._server is None else await self._server.start()
                 assert dsn is not None
@@ -149,15 +154,23 @@ class PostgresTaskBackend(TaskBackend):
                         await self._server.leave()
                     raise
                 self._open.queue.serve(self._perform)
-                for cron, task in self._periodic:
-                    self._repeat(self._open, cron, task)
+                for number, (cron, task) in enumerate(self._periodic):
+                    self._repeat(self._open, number, cron, task)
                 if self.settings.keep is not None:
                     self._open.queue.repeat(CRON, "prune", partial(self.prune, self.settings.keep))
                 self._closed = False
 
     async def shutdown(self) -> None:
-        """Stop the worker of this process, end all subscriptions, and close. Tasks stay where they are. Idempotent."""
+        """Stop the worker of this process, end all subscriptions, and close. Tasks stay where they are. Idempotent.
+
+        Who gives up waiting for it does not stop it; another call waits for the same end.
+        """
         self.stop()
+        if self._closing is None or self._closing.done():
+            self._closing = asyncio.create_task(self._close(), name="penstock shutdown")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         async with self._opening:
             self._closed = True
             opened, self._open = self._open, None
@@ -238,13 +251,15 @@ class PostgresTaskBackend(TaskBackend):
         if self._open is not None:
             raise RuntimeError("schedule() periodic tasks before initialize()")
         key_of(task)
+        if not is_cron(cron):
+            raise ValueError(f"{cron!r} cannot be read as in crontab; write '*/5 * * * *' for every five minutes")
         self._periodic.append((cron, plain(dict(task), "a periodic task")))
 
     # --- looking
 
     async def list_tasks(self, *, limit: int = 100) -> Sequence[TaskStatus]:
         """The newest tasks, those that are not over first."""
-        return await self._opened().store.statuses(limit)
+        return await self._opened().store.statuses(max(limit, 0))
 
     async def get_task(self, app: object, name: object, id: object) -> TaskStatus | None:
         """The status of one task; None when it is not known."""
@@ -275,8 +290,7 @@ class PostgresTaskBackend(TaskBackend):
             raise RuntimeError("a worker has nothing to do tasks with; call backend.set_executor(function) first")
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
             raise ValueError(f"concurrency is a whole number from 1 on, not {concurrency!r}")
-        if grace < 0:
-            raise ValueError(f"grace is a number of seconds from 0 on, not {grace!r}")
+        grace = 0.0 if grace == 0 else seconds("grace", grace)
         if self._worker is not None:
             raise RuntimeError("this backend works already; choose a higher concurrency, or start another process")
         opened, settings = self._opened(), self.settings
@@ -320,7 +334,7 @@ class PostgresTaskBackend(TaskBackend):
         if self._worker is not None:
             self._worker.look()
 
-    def _repeat(self, opened: Opened, cron: str, task: Mapping[str, Any]) -> None:
+    def _repeat(self, opened: Opened, number: int, cron: str, task: Mapping[str, Any]) -> None:
         async def submit() -> None:
             try:
                 await self.submit(dict(task))
@@ -329,13 +343,15 @@ class PostgresTaskBackend(TaskBackend):
                     "a periodic task is still running, and this time is left out"
                 )
 
-        opened.queue.repeat(cron, f"{key_of(task).name}:{cron}:{self._periodic.index((cron, dict(task)))}", submit)
+        opened.queue.repeat(cron, f"{key_of(task).name}:{cron}:{number}", submit)
 
     def _opened(self) -> Opened:
         if self._open is None:
             if self._closed:
                 raise CoordinatorClosedError("the backend was shut down; initialize() it again")
             raise RuntimeError("the backend is not ready; call await backend.initialize() first")
+        if running_loop() not in (self._open.loop, None):
+            raise RuntimeError("this backend was initialized in another event loop; make one for each, or initialize() it there when the other is closed")
         return self._open
 
 

@@ -32,6 +32,7 @@ class Opened:
         self.store = Store(database, queue)
         self.mirrors = Mirrors(self.store)
         self.presence = secrets.randbits(31)
+        self.loop = asyncio.get_running_loop()
         self.working: set[asyncio.Task[Any]] = set()
         self.sweeper = Sweeper(database, self.store, interval=settings.sweep_interval, heartbeat=settings.heartbeat)
         self._tasks: list[asyncio.Task[None]] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
+import croniter  # procrastinate's own
 from procrastinate import App, JobContext, PsycopgConnector
 from procrastinate.connector import Notify
 from procrastinate.exceptions import ConnectorException
@@ -18,7 +19,7 @@ from procrastinate.manager import JobManager
 
 from .database import Connection, Database
 
-__all__ = ["TASK", "Queue"]
+__all__ = ["TASK", "Queue", "is_cron"]
 
 TASK = "penstock"
 """The one task of procrastinate's in which all of ours run."""
@@ -81,6 +82,11 @@ class Queue:
         await self.app.job_manager.delete_old_jobs(
             hours, queue=self.name, include_failed=True, include_cancelled=True, include_aborted=True
         )
+
+
+def is_cron(text: object) -> bool:
+    """Whether procrastinate can read it, who would find out in a running worker only, and end that."""
+    return isinstance(text, str) and croniter.croniter.is_valid(text)
 
 
 class _PatientConnector(PsycopgConnector):

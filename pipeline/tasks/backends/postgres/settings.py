@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 from dataclasses import dataclass
@@ -11,6 +10,9 @@ from typing import Any
 from procrastinate.retry import BaseRetryStrategy, RetryValue, get_retry_strategy
 
 __all__ = ["Settings", "seconds"]
+
+_MOST = 1_000_000_000
+"""Of seconds, some 30 years, and of anything else: more overflows in the database."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +35,11 @@ class Settings:
     def __post_init__(self) -> None:
         if not isinstance(self.queue, str) or not 0 < len(self.queue) <= 100 or not self.queue.isprintable():
             raise ValueError(f"the name of a queue is a text of 1 to 100 printable characters, not {self.queue!r}")
+        if not isinstance(self.name, str) or not 0 < len(self.name) <= 200 or not self.name.isprintable():
+            raise ValueError(f"the name of a worker is a text of 1 to 200 printable characters, not {self.name!r}")
         for name, least in (("max_attempts", 1), ("pool_size", 2)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
                 raise ValueError(f"{name} is a whole number from {least} on, not {value!r}")
         for name in ("heartbeat", "sweep_interval", "connect_timeout", "progress_interval", "cleanup"):
             seconds(name, getattr(self, name))
@@ -44,9 +48,9 @@ class Settings:
 
 
 def seconds(name: str, value: Any) -> float:
-    """A finite number above 0, as a float. Raises ValueError for others. `Any`: it is being checked."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name} is a number of seconds above 0, not {value!r}")
+    """A number above 0 and of at most 30 years, as a float. Raises ValueError for others. `Any`: it is being checked."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MOST:
+        raise ValueError(f"{name} is a number of seconds above 0, and at most {_MOST:,}, not {value!r}")
     return float(value)
 
 

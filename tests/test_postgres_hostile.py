@@ -1,0 +1,204 @@
+"""Tasks in a database under hostile hands: work that misbehaves, wrong options, stops that are given up, odd databases.
+
+The rule kept here: whatever one task, one caller or one setting does, tasks end once, and others do not notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import warnings
+from typing import Any
+
+import pytest
+from databases import backend_on, dsn, execute, first, follow, server, sql, worker_on
+from helpers import eventually
+
+from pipeline.tasks import EventType, PostgresTaskBackend
+from pipeline.tasks.backends.postgres.store import Claim, Store
+
+__all__ = ["dsn", "server"]
+
+
+class NoException(BaseException):
+    """What test frameworks and other event loops raise past `except Exception`."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [(NoException("over"), "over"), (GeneratorExit("closed"), "closed"), (SystemExit(3), r"sys\.exit\(3\)")],
+    ids=["no Exception", "GeneratorExit", "sys.exit"],
+)
+async def test_a_task_that_raises_what_is_no_exception_fails_and_the_worker_goes_on(
+    dsn: str, raised: BaseException, words: str
+) -> None:
+    async def work(task: dict[str, Any]) -> Any:
+        if task["type"] == "bad":
+            raise raised
+        return await execute(task)
+
+    async with worker_on(dsn, work) as backend:
+        neighbour = await backend.submit({"type": "count", "to": 10})
+        events = await follow(backend, await backend.submit({"type": "bad"}))
+        assert [event.type for event in events] == ["started", "error"]
+        assert sql(dsn, "select count(*) where %s ~ %s", events[-1].data["message"], words) == [1]
+        events = await follow(backend, neighbour)
+        assert (events[-1].type, sql(dsn, "select distinct attempt from penstock_tasks")) == ("completed", [1])
+        assert not [task for task in asyncio.all_tasks() if "journal" in task.get_name()]
+
+
+async def test_a_shutdown_that_is_given_up_goes_on_and_another_waits_for_it(dsn: str) -> None:
+    backend = PostgresTaskBackend(dsn, cleanup=5.0)
+    held = asyncio.Event()
+
+    async def work(task: dict[str, Any]) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await held.wait()
+
+    backend.set_executor(work)
+    await backend.initialize()
+    working = asyncio.create_task(backend.work(grace=0))
+    key = await backend.submit({})
+    await first(backend, key, "started")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await backend.shutdown()
+    held.set()
+    await backend.shutdown()
+    await working
+    assert not [task for task in asyncio.all_tasks() if "penstock" in task.get_name()]
+    assert sql(dsn, "select state, attempt from penstock_tasks") == [("queued", 2)]
+    async with backend:
+        assert await backend.cancel_task(*key)
+
+
+def test_a_backend_that_a_closed_loop_has_left_behind_begins_again_in_the_next(dsn: str) -> None:
+    backend = PostgresTaskBackend(dsn)
+    backend.set_executor(execute)
+
+    async def one() -> None:
+        await backend.initialize()
+        await backend.submit({})
+
+    async def two() -> list[str]:
+        await backend.initialize()
+        working = asyncio.create_task(backend.work())
+        events = await follow(backend, await backend.submit({}))
+        await backend.shutdown()
+        await working
+        return [event.type.value for event in events]
+
+    async def elsewhere() -> None:
+        async with backend_on(dsn) as other:
+
+            def use() -> None:
+                with pytest.raises(RuntimeError, match="another event loop"):
+                    asyncio.run(other.submit({}))
+
+            await asyncio.to_thread(use)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # connections that nobody has closed
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(one())
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        loop.run_until_complete(asyncio.wait(left))
+        left.clear()
+        loop.close()
+        assert asyncio.run(two()) == ["started", "completed"]
+        gc.collect()
+    asyncio.run(elsewhere())
+
+
+def test_a_periodic_task_is_checked_when_it_is_scheduled() -> None:
+    backend = PostgresTaskBackend("dbname=x")
+    for cron in ("nonsense", "99 * * * *", "", None):
+        with pytest.raises(ValueError, match="crontab"):
+            backend.schedule(cron, {"type": "tick"})  # type: ignore[arg-type]
+
+
+async def test_a_task_may_be_scheduled_twice_at_one_time(dsn: str) -> None:
+    backend = PostgresTaskBackend(dsn)
+    for _ in range(2):
+        backend.schedule("* * * * *", {"type": "tick"})
+    async with backend:
+        assert len([name for name in backend.app.tasks if name.startswith("penstock:tick")]) == 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "postgresql://me:se/cret@127.0.0.1:1/db",
+        "postgresql://me:12/se@cret@127.0.0.1:1/db",
+        "postgresql://me:se@cret@127.0.0.1:1/db",
+        "host=127.0.0.1 dbname=postgresql://me:secret@127.0.0.1/db",
+    ],
+)
+def test_a_dsn_whose_password_is_cut_wrongly_is_refused_and_not_repeated(given: str) -> None:
+    with pytest.raises(ValueError, match="%2F") as raised:
+        PostgresTaskBackend(given)
+    assert "cret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": 3}, "name of a worker"),
+        ({"name": "a\0b"}, "name of a worker"),
+        ({"max_attempts": 10**12}, "max_attempts"),
+        ({"heartbeat": 1e300}, "heartbeat"),
+        ({"keep": 10**400}, "keep"),
+    ],
+)
+def test_options_that_no_database_holds_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        PostgresTaskBackend("dbname=x", **options)
+
+
+async def test_arguments_that_no_database_holds_are_refused(dsn: str) -> None:
+    async with backend_on(dsn, execute) as backend:
+        with pytest.raises(ValueError, match="timeout"):
+            await backend.submit({}, timeout=10**400)
+        with pytest.raises(ValueError, match="grace"):
+            await backend.work(grace=float("nan"))
+        with pytest.raises(ValueError, match="older_than"):
+            await backend.prune(1e300)
+        assert await backend.list_tasks(limit=-1) == []
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["default_transaction_isolation = 'serializable'", "datestyle = 'German'", "client_encoding = 'LATIN1'"],
+)
+async def test_the_defaults_of_a_database_change_nothing(dsn: str, setting: str) -> None:
+    (name,) = sql(dsn, "select current_database()")
+    sql(dsn, f"alter database {name} set {setting}")
+    async with worker_on(dsn, concurrency=4) as backend, backend_on(dsn) as other:
+        keys = [await other.submit({"type": "wait", "id": number}) for number in range(4)]
+        for key in keys:
+            await first(backend, key, "progress")
+        asked = [hub.cancel_task(*key, "ü 🙂") for key in keys for hub in (backend, other) * 3]
+        assert all(isinstance(answer, bool) for answer in await asyncio.gather(*asked))
+        for key in keys:
+            (*_, end) = await follow(other, key)
+            assert (end.type, end.data["message"]) == ("cancelled", "ü 🙂")
+
+
+async def test_a_write_is_not_taken_for_written_because_somebody_else_has_ended_the_task(dsn: str) -> None:
+    async with backend_on(dsn, sweep_interval=3600) as backend:
+        opened = backend._open
+        assert opened is not None
+        store: Store = opened.store
+        await backend.submit({})
+        claim = await store.claim(1, 1, 1, "frozen", opened.presence)
+        assert isinstance(claim, Claim)
+        event = (EventType.WARNING.value, 1.5, "{}")
+        assert [(await store.write(claim, 0, [event])).outcome for _ in range(2)] == ["written", "written"]
+        assert sql(dsn, "select count(*) from penstock_events") == [1]  # asked for again, because the answer was lost
+        sql(dsn, "select penstock_end(1, 'cancelled', '{}', 'aborted')")
+        assert (await store.write(claim, 1, [event], saved="3")).outcome == "superseded"
+        await eventually(lambda: sql(dsn, "select saved from penstock_tasks") == [None])
