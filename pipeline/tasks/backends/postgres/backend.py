@@ -137,7 +137,8 @@ class PostgresTaskBackend(TaskBackend):
     async def initialize(self) -> None:
         """Reach the database, make its tables, and look after it. Idempotent, in any number of processes at once.
 
-        Raises ConnectionError, within `connect_timeout` for a DSN, when there is no database; RuntimeError when it is too old.
+        Raises ConnectionError, within `connect_timeout` for a DSN, when there is no database; RuntimeError when it is
+        too old, or the role has no rights to it.
         """
         async with self._opening:
             if self._open is not None and self._open.loop.is_closed():

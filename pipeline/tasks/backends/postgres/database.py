@@ -218,5 +218,6 @@ async def _configure(connection: Connection) -> None:
 
 
 def in_one_line(error: BaseException) -> str:
-    """What an error says, for a line of a log."""
+    """What an error says, for a line of a log; procrastinate's say nothing, and what is behind them does."""
+    error = error.__cause__ or error
     return " ".join(str(error).split()) or f"no answer in time ({type(error).__name__})"

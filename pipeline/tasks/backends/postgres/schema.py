@@ -9,9 +9,10 @@ from __future__ import annotations
 from importlib import resources
 from typing import LiteralString, cast
 
+import psycopg
 from procrastinate.schema import SchemaManager
 
-from .database import Connection
+from .database import Connection, in_one_line
 
 __all__ = ["VERSION", "apply_schema"]
 
@@ -25,10 +26,21 @@ _NEEDED = "procrastinate_fetch_job_v2(varchar[],bigint)", "procrastinate_cancel_
 
 
 async def apply_schema(connection: Connection) -> None:
-    """Make what is missing. Raises RuntimeError for a server or tables that are too old, or too new."""
+    """Make what is missing. Raises RuntimeError for a server or tables that are too old, or too new, and for a role
+    without the rights to them."""
     version = connection.info.server_version
     if version < OLDEST_SERVER:
         raise RuntimeError(f"this PostgreSQL is version {version // 10000}; use {OLDEST_SERVER // 10000} or newer")
+    try:
+        await _make(connection)
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise RuntimeError(
+            f"this role may not do what is needed here: {in_one_line(error)}; initialize() once as a role that may make "
+            "tables, and grant this one to select, insert, update and delete in them"
+        ) from None
+
+
+async def _make(connection: Connection) -> None:
     async with connection.transaction():
         await connection.execute("select pg_advisory_xact_lock(%s)", (_LOCK,))
         if not await _exists(connection, "select to_regclass('procrastinate_jobs') is not null as answer"):

@@ -138,7 +138,10 @@ class Worker:
                 self.stop()
         stopping.cancel()
         if not serving.cancelled() and not self._stopping.is_set():
-            get_logger().error("procrastinate's worker has ended; starting it again", error=repr(serving.exception()))
+            error = serving.exception()
+            get_logger().error(
+                "procrastinate's worker has ended; starting it again", error=None if error is None else in_one_line(error)
+            )
             await asyncio.sleep(1.0)
         return cancelled
 
