@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 import warnings
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import pytest
 from databases import backend_on, dsn, execute, first, follow, server, sql, worker_on
 from helpers import eventually
 
+from pipeline import CancelReason, Pipeline
 from pipeline.tasks import EventType, PostgresTaskBackend
 from pipeline.tasks.backends.postgres.store import Claim, Store
 
@@ -231,3 +233,31 @@ async def test_a_log_says_what_is_behind_an_error_of_procrastinates(dsn: str, ca
         await eventually(lambda: "procrastinate_jobs" in "".join(capsys.readouterr()))
         sql(dsn, "alter table hidden rename to procrastinate_jobs")
         assert (await follow(backend, await backend.submit({})))[-1].type == "completed"
+
+
+async def test_an_error_whose_message_cannot_be_encoded_is_told_at_once(dsn: str) -> None:
+    async def work(task: dict[str, Any]) -> None:
+        raise FileNotFoundError("no file '\udcff\0.txt'")  # as undecodable names of files are
+
+    async with worker_on(dsn, work, retry=1) as backend:
+        events = await follow(backend, await backend.submit({}))
+    assert [event.type for event in events] == ["started", "warning", "started", "error"]
+    assert events[-1].data["message"] == "no file '?\ufffd.txt'"
+    assert sql(dsn, "select lost from penstock_tasks") == [0]
+
+
+async def test_a_pipeline_that_is_cancelled_from_a_machine_whose_clock_is_late_is_cancelled(dsn: str) -> None:
+    async def forever() -> AsyncIterator[int]:
+        while True:
+            yield 1
+            await asyncio.sleep(0.01)
+
+    async def work(task: dict[str, Any]) -> Any:
+        return Pipeline(forever())
+
+    async with worker_on(dsn, work, progress_interval=0.01) as backend:
+        key = await backend.submit({})
+        await first(backend, key, "progress")
+        assert await backend.cancel_task(*key, CancelReason("enough", at=time.time() - 3600))
+        end = (await follow(backend, key))[-1]
+    assert (end.type, end.data["message"]) == ("cancelled", "enough")

@@ -87,7 +87,7 @@ def about_error(error: BaseException) -> dict[str, Any]:
     trace = "".join(told.format())
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    return {"message": _cut(str(told), _TEXT) or name, "type": name, "traceback": trace[-_TRACE:]}
+    return readable({"message": _cut(str(told), _TEXT) or name, "type": name, "traceback": trace[-_TRACE:]})
 
 
 def _through_json(data: Any, default: Any) -> tuple[Any, int]:

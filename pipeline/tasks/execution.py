@@ -250,11 +250,12 @@ class Execution:
         if isinstance(result, RunReport) and result.outcome == "completed" and interrupted is None:
             told = data["report"]
             return TaskEnd(EventType.COMPLETED, told if isinstance(told, dict) else data, value=result)
+        asked = bool(self._reasons)
         self._reasons[:] = _merged(() if result is None else result.reasons, self._reasons)
         if report is not None and report.outcome == "failed":
             assert isinstance(result, Err)
             return self._failed(_raised(result), about=result.value, more=data)
-        if self._reasons and self._reasons[0].at >= self._made:  # else it was cancelled before, and has to be made anew
+        if asked or (self._reasons and self._reasons[0].at >= self._made):  # else it was cancelled before, and has to be made anew
             return self._stopped(error=interrupted, value=report, more=data)
         assert isinstance(result, Err)
         return self._failed(_raised(result), more=data)

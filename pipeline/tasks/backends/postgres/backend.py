@@ -230,7 +230,8 @@ class PostgresTaskBackend(TaskBackend):
         *,
         code: str | None = None,
     ) -> bool:
-        """Ask a task to stop, wherever it runs. True while it waits or runs; then it ends as cancelled, with this reason.
+        """Ask a task to stop, wherever it runs. True while it waits or runs; then this reason is in its terminal event,
+        `cancelled`, or `error` if its work had failed before it heard of it.
 
         One that waits ends at once. In psql: `select penstock_cancel('app', 'name', 'id', 'why')`.
         """
