@@ -265,3 +265,19 @@ def test_something_that_is_no_event_is_a_type_error(event: Any) -> None:
 def test_a_threading_event_is_a_type_error_that_says_what_to_do() -> None:
     with pytest.raises(TypeError, match=r"call_soon_threadsafe\(event\.set\)"):
         EventTrigger(threading.Event())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"message": ValueError("x")}, "the message of a CancelReason is a text"),
+        ({"cancel_type": "manual"}, r"such as CancelType\.MANUAL, not 'manual'"),
+        ({"code": 5}, "the code of a CancelReason is a text, not 5"),
+        ({"origin": object()}, "the origin of a CancelReason is a text"),
+        ({"causes": ["why"]}, "the causes of a CancelReason are a tuple of reasons"),
+        ({"causes": ("why",)}, "the causes of a CancelReason are a tuple of reasons"),
+    ],
+)
+def test_a_reason_that_nobody_could_read_is_a_type_error_where_it_is_made(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        CancelReason(**({"message": "why"} | wrong))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 __all__ = ["CancelReason", "CancelType"]
 
@@ -39,7 +39,7 @@ class CancelReason:
     """One reason to stop. `origin` names the stage, trigger or caller; `at` is the time in seconds since the epoch.
 
     `causes` are the reasons behind this one, in order: those of the fence or pipeline whose end it reports.
-    Two reasons are equal when message, type and code are.
+    Two reasons are equal when message, type and code are. Raises TypeError for what nobody could read or send on.
     """
 
     message: str
@@ -48,6 +48,14 @@ class CancelReason:
     origin: str | None = field(default=None, compare=False)
     at: float = field(default_factory=time.time, compare=False)
     causes: tuple[CancelReason, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        _check_text("message", self.message)
+        _check_type(self.cancel_type)
+        for name, value in (("code", self.code), ("origin", self.origin)):
+            if value is not None:
+                _check_text(name, value)
+        _check_causes(self.causes)
 
     def __str__(self) -> str:
         return self.message
@@ -77,3 +85,18 @@ class CancelReason:
             first, *rest = cause.lines()
             yield f"  because: {first}"
             yield from (f"  {line}" for line in rest)
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"the {name} of a CancelReason is a text, not {value!r}")
+
+
+def _check_type(value: object) -> None:
+    if not isinstance(value, CancelType):
+        raise TypeError(f"the type of a CancelReason is a CancelType, such as CancelType.MANUAL, not {value!r}")
+
+
+def _check_causes(causes: object) -> None:
+    if not isinstance(causes, tuple) or not all(isinstance(cause, CancelReason) for cause in cast("tuple[object, ...]", causes)):
+        raise TypeError(f"the causes of a CancelReason are a tuple of reasons, not {causes!r}")
