@@ -163,7 +163,7 @@ async def test_an_item_that_cannot_be_told_is_the_end_of_the_run() -> None:
     assert pipeline.report.balanced
 
 
-async def test_a_cancel_after_the_run_does_not_reach_the_next_one_of_the_same_pipeline() -> None:
+async def test_a_cancel_after_the_run_decides_and_does_not_reach_the_next_one_of_the_same_pipeline() -> None:
     class Late(Journal):
         async def publish(self, type: EventType, data: Mapping[str, Any]) -> None:
             if type is EventType.PROGRESS and data["state"] == "closed":
@@ -172,7 +172,9 @@ async def test_a_cancel_after_the_run_does_not_reach_the_next_one_of_the_same_pi
 
     pipeline = Pipeline([1, 2]) >> map(abs)
     execution = Execution(pipeline, Late().context)
-    assert (await execution.run()).type is EventType.COMPLETED
+    end = await execution.run()
+    assert (end.type, end.data["message"]) == (EventType.CANCELLED, "too late")
+    assert end.data["report"]["outcome"] == "completed"
     assert await pipeline.collect() == [3, 4]
 
 

@@ -249,6 +249,27 @@ async def test_a_trigger_may_fire_while_it_is_armed(coordinator: TaskCoordinator
     assert not held.began.is_set()
 
 
+async def test_a_trigger_that_gives_no_reason_is_told_so_itself(coordinator: TaskCoordinator) -> None:
+    held, bell = Held(), Bell()
+    running = coordinator.start_task(*KEY, held, cancel_on=bell)
+    await held.began.wait()
+    with pytest.raises(TypeError, match="a reason to stop is a CancelReason, not 'ring'"):
+        bell.callback("ring")
+    assert running.reasons == ()
+    held.opened.set()
+    assert (await running.wait()).type is EventType.COMPLETED
+
+
+async def test_a_reason_of_any_length_is_told(coordinator: TaskCoordinator) -> None:
+    client = all_of(coordinator)
+    running = coordinator.start_task(*KEY, Held())
+    running.cancel("\udc80\0" + "long" * 5_000_000)
+    events = await client
+    assert_well_told(events)
+    assert events[-1].data["message"].startswith("?\ufffdlong")
+    assert not coordinator.is_task_running(*KEY)
+
+
 async def test_a_trigger_that_cannot_be_disarmed_changes_nothing(
     coordinator: TaskCoordinator, capsys: pytest.CaptureFixture[str]
 ) -> None:

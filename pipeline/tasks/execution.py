@@ -103,7 +103,11 @@ class Execution:
         return tuple(self._reasons) if self._sealed is None else self._sealed
 
     def cancel(self, reason: CancelReason) -> None:
-        """Ask the work to stop. From any thread; before the start it will not begin, after the end nothing happens."""
+        """Ask the work to stop. From any thread; before the start it will not begin, after the end nothing happens.
+
+        Raises TypeError, in the trigger that calls it, for what is no reason.
+        """
+        check_reason(reason)
         loop = self._loop
         if loop is None or running_loop() is loop:
             self._heard(reason)
@@ -152,7 +156,7 @@ class Execution:
         for trigger in self._triggers:
             reason = trigger.check()
             if reason is not None:
-                self._heard(reason)
+                self.cancel(reason)
             else:
                 armed.callback(self._disarm, trigger.arm(self.cancel))
 
@@ -247,7 +251,7 @@ class Execution:
     def _end_of_run(self, result: RunReport | Err | None, interrupted: asyncio.CancelledError | None) -> TaskEnd:
         report = result.report if isinstance(result, Err) else result
         data = {} if report is None else {"report": readable(report)}
-        if isinstance(result, RunReport) and result.outcome == "completed" and interrupted is None:
+        if isinstance(result, RunReport) and result.outcome == "completed" and interrupted is None and not self._reasons:
             told = data["report"]
             return TaskEnd(EventType.COMPLETED, told if isinstance(told, dict) else data, value=result)
         asked = bool(self._reasons)
@@ -264,7 +268,7 @@ class Execution:
         self, *, error: BaseException | None = None, value: Any = None, more: Mapping[str, Any] | None = None
     ) -> TaskEnd:
         first = self._reasons[0]
-        data = {"message": first.message, "reasons": readable([reason.to_dict() for reason in self._reasons])}
+        data = {"message": readable(first.message), "reasons": readable([reason.to_dict() for reason in self._reasons])}
         if more is not None:
             data |= more
         elif value is not None:
@@ -329,6 +333,12 @@ def _merged(report: Sequence[CancelReason], ours: Sequence[CancelReason]) -> lis
 def _cancelling() -> int:
     task = asyncio.current_task()
     return 0 if task is None else task.cancelling()
+
+
+def check_reason(reason: object) -> None:
+    """Raises TypeError for what is no `CancelReason`."""
+    if not isinstance(reason, CancelReason):
+        raise TypeError(f"a reason to stop is a CancelReason, not {reason!r}")
 
 
 def check_interval(seconds: object) -> None:
