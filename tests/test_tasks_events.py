@@ -179,13 +179,27 @@ class Hostile:
         raise RuntimeError("no text")
 
 
+class Lazy(dict[str, Any]):
+    """A dict whose contents are somewhere else."""
+
+    def values(self) -> Any:
+        raise ConnectionError("not there")
+
+    items = values
+
+
+class Unmeasured(str):
+    def __len__(self) -> int:
+        raise RuntimeError("no length")
+
+
 def test_readable_never_fails() -> None:
     circle: list[Any] = []
     circle.append(circle)
     deep: list[Any] = []
     for _ in range(10_000):
         deep = [deep]
-    for value in (Hostile(), circle, deep, {Hostile(): 1}, 10**6000, {"a": "x" * 3_000_000}, [["y" * 900] * 100] * 10_000, "z" * 2_000_000, np.zeros(10**6), list(range(10**6))):
+    for value in (Hostile(), Lazy(a=1), [Lazy(a=1)], Unmeasured("x"), circle, deep, {Hostile(): 1}, 10**6000, {"a": "x" * 3_000_000}, [["y" * 900] * 100] * 10_000, "z" * 2_000_000, np.zeros(10**6), list(range(10**6))):
         assert len(json.dumps(readable(value))) <= MAX_BYTES
 
 
@@ -206,6 +220,13 @@ def test_an_error_is_told_whatever_its_text_is() -> None:
     assert told["type"].endswith("BrokenError")
     assert len(told["traceback"]) <= 8_000
     assert about_error(KeyError())["message"] == "KeyError"
+
+
+def test_an_error_that_cannot_be_formatted_is_told_by_its_repr() -> None:
+    error = SyntaxError("bad template", ("page.html", 1, 1, "{%"))
+    error.text = b"{%"  # type: ignore[assignment]  # as some parsers do
+    told = about_error(error)
+    assert (told["type"], "bad template" in told["message"]) == ("SyntaxError", True)
 
 
 @pytest.mark.parametrize("value", [Hostile(), b"raw", [object()], "x" * 5_000_000, Point(1, {2})])

@@ -68,12 +68,12 @@ def readable(data: Any) -> Any:
 
     What is no JSON is told by its `repr`, and what is too large is shortened.
     """
-    if _least_size(data) > MAX_BYTES:
-        data = _shortened(data)
     try:
+        if _least_size(data) > MAX_BYTES:
+            data = _shortened(data)
         copy, size = _through_json(data, _nearest_or_repr)
-    except (TypeError, ValueError, RecursionError):  # keys that are no texts, circles, too deep
-        copy, size = _through_json(_shortened(data), _nearest_or_repr)
+    except Exception:  # keys that are no texts, circles, too deep; or a dict or a text with code of its own
+        copy, size = _through_json(_told_by_repr(data), _nearest_or_repr)
     if size > MAX_BYTES:
         copy, size = _through_json(_shortened(copy), _nearest_or_repr)
     if size > MAX_BYTES:
@@ -82,12 +82,15 @@ def readable(data: Any) -> Any:
 
 
 def about_error(error: BaseException) -> dict[str, Any]:
-    """Its type, its message and the innermost part of its traceback, as texts."""
-    told = traceback.TracebackException.from_exception(error, limit=-_FRAMES)
-    trace = "".join(told.format())
+    """Its type, its message and the innermost part of its traceback, as texts. It never fails."""
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    return readable({"message": _cut(str(told), _TEXT) or name, "type": name, "traceback": trace[-_TRACE:]})
+    try:
+        told = traceback.TracebackException.from_exception(error, limit=-_FRAMES)
+        message, trace = str(told), "".join(told.format())
+    except Exception:  # code of the error's own, or a SyntaxError whose fields are of other types than Python's
+        message, trace = _repr(error), "".join(traceback.format_tb(error.__traceback__, -_FRAMES))
+    return readable({"message": _cut(message, _TEXT) or name, "type": name, "traceback": trace[-_TRACE:]})
 
 
 def _through_json(data: Any, default: Any) -> tuple[Any, int]:
@@ -147,6 +150,13 @@ def _nearest_or_repr(value: Any) -> Any:
     try:
         return _nearest(value)
     except Exception:  # code of the value's own: whatever it raises, the value is told in another way
+        return _repr(value)
+
+
+def _told_by_repr(value: Any) -> Any:
+    try:
+        return _shortened(value)
+    except Exception:
         return _repr(value)
 
 
