@@ -163,14 +163,16 @@ async def test_a_task_that_is_changed_after_it_was_submitted_is_done_as_it_was()
     await backend.initialize()
 
     async def execute(task: dict[str, Any]) -> None:
-        seen.append(task["n"])
+        context = current_task()
+        assert context is not None
+        seen.extend([task.pop("n"), context.payload])
 
     backend.set_executor(execute)
     task = {"n": 1}
     await backend.submit(task)
     task["n"] = 2
     await backend.shutdown()
-    assert seen == [1]
+    assert seen == [1, {"n": 1}]
 
 
 # --- inline

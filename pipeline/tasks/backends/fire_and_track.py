@@ -67,7 +67,7 @@ class AsyncFireAndTrackBackend(TaskBackend):
         executor = self._executor_for(key, ready=self._ready)
         if executor is None:
             return None
-        running = self.coordinator.start_task(*key, Submitted(executor, dict(task)), payload=task)
+        running = self.coordinator.start_task(*key, Submitted(executor, dict(task)), payload=dict(task))
         self._inflight[key] = running
         running.gone.add_done_callback(partial(self._over, running))
         return key

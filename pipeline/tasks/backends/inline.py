@@ -52,7 +52,7 @@ class SyncTaskBackend(TaskBackend):
         executor = self._executor_for(key, ready=True)
         if executor is None:
             return None
-        running = self.coordinator.start_task(*key, Submitted(executor, dict(task)), payload=task)
+        running = self.coordinator.start_task(*key, Submitted(executor, dict(task)), payload=dict(task))
         self._inflight.add(running)
         running.gone.add_done_callback(partial(self._over, running))
         try:
