@@ -497,11 +497,10 @@ async def test_a_loop_whose_tasks_run_keeps_its_coordinator(coordinator: TaskCoo
 async def test_a_task_is_followed_in_its_own_loop(coordinator: TaskCoordinator) -> None:
     held = Held()
     coordinator.start_task(*KEY, held)
+    with pytest.raises(RuntimeError, match="runs in another event loop: follow it there, or over HTTP"):
+        await asyncio.to_thread(asyncio.run, everything(coordinator))  # also if nobody follows it there yet
     client = all_of(coordinator)
     await held.began.wait()
-    await turns()
-    with pytest.raises(RuntimeError, match="runs in another event loop: follow it there, or over HTTP"):
-        await asyncio.to_thread(asyncio.run, everything(coordinator))
     held.opened.set()
     assert types(await client) == ["started", "completed"]
 

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from ..cancellation.signals import running_loop
 from .errors import TaskOverError, UnknownTaskError
 from .events import TERMINAL, EventType, TaskEvent, TaskKey
 from .status import Subscription
@@ -52,7 +53,8 @@ class RunHistory:
         self._progress: deque[int] = deque()
         self._others: deque[int] = deque()
         self._waiters: set[asyncio.Future[None]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop = running_loop()
+        """That of the task, which wakes those who wait."""
 
     def publish(self, type: EventType, data: Mapping[str, Any]) -> TaskEvent:
         """Add an event, and wake all who wait for it. On the loop; raises `TaskOverError` after the terminal one."""
