@@ -157,6 +157,16 @@ async def test_a_block_without_a_signal_shuts_nothing_down() -> None:
         assert coordinator.is_task_running(*KEY)
 
 
+async def test_a_block_that_is_entered_twice_leaves_signals_as_they_were() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    block = TaskCoordinator().shutting_down_on(signal.SIGUSR1)
+    async with block:
+        pass
+    with pytest.raises(RuntimeError, match="has been entered before"):
+        await block.__aenter__()
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
 async def test_a_signal_shuts_down_and_ends_the_block() -> None:
     coordinator, held = TaskCoordinator(), Held()
     async with coordinator.shutting_down_on(signal.SIGUSR1, timeout=5) as stopping:

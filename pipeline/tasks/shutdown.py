@@ -97,8 +97,8 @@ class SignalledShutdown:
         with ExitStack() as armed:
             armed.callback(self._exit.arm().disarm)
             armed.callback(self._trigger.arm(self._signalled).disarm)
+            self._fence.__enter__()
             self._handle = TriggerHandle(armed.pop_all().close)
-        self._fence.__enter__()
         return self
 
     async def __aexit__(
