@@ -365,6 +365,15 @@ def test_what_knows_no_tasks_is_refused_in_words() -> None:
         create_app(TaskCoordinator)
 
 
+def test_a_hub_that_cannot_be_a_key_is_refused_when_the_application_is_made() -> None:
+    class Equal(TaskCoordinator):
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Equal)
+
+    with pytest.raises(TypeError, match="cannot be served: unhashable type"):
+        create_app(Equal())
+
+
 async def test_a_hub_that_fails_is_no_secret_and_no_page_of_a_traceback(
     hub: TaskCoordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -260,6 +260,30 @@ def test_a_backend_is_made_ready_and_what_is_in_flight_ends_within_the_time(tmp_
     assert finished.seconds < 10
 
 
+def test_a_hub_whose_shutdown_is_a_plain_function_ends_with_the_server(tmp_path: Path) -> None:
+    source = """
+        from pipeline.tasks import TaskCoordinator
+
+        class Hub:
+            def __init__(self):
+                self.hub = TaskCoordinator()
+
+            def initialize(self):
+                print("ready", flush=True)
+
+            def shutdown(self):
+                print("shut down", flush=True)
+
+        hub = Hub()
+    """
+    with served(tmp_path, source) as (program, _):
+        program.interrupt(signal.SIGTERM)
+        finished = program.finish()
+    assert (finished.code, "Traceback" in finished.err) == (0, False), finished.err
+    assert "ready" in finished.out
+    assert "shut down" in finished.out
+
+
 def test_an_application_of_ones_own_is_served_with_its_lifespan_and_its_hub_is_shut_down(tmp_path: Path) -> None:
     source = """
         import asyncio

@@ -97,6 +97,7 @@ class _Views:
 
     def __init__(self, hub: TaskHub, token: Token, *, heartbeat: float, retry: float) -> None:
         self._hub = hub
+        self._streams = streams_of(hub)
         self._token = token
         self._heartbeat = heartbeat
         self._retry = retry
@@ -119,8 +120,7 @@ class _Views:
         if status.state.over and last == status.seq:
             return Response(status_code=204)  # there is nothing more, and a browser does not come again
         subscription = self._hub.subscribe(*status.task, last_event_id=last)
-        streams = streams_of(self._hub)
-        return EventStream(subscription, streams, self._encoder.encode, heartbeat=self._heartbeat, retry=self._retry)
+        return EventStream(subscription, self._streams, self._encoder.encode, heartbeat=self._heartbeat, retry=self._retry)
 
     async def cancel(self, request: Request) -> Response:
         self._token.check(request.headers)

@@ -98,8 +98,14 @@ _open: WeakKeyDictionary[TaskHub, OpenStreams] = WeakKeyDictionary()
 
 
 def streams_of(hub: TaskHub) -> OpenStreams:
-    """The clients of this hub in this process, whichever application they came through."""
-    return _open.setdefault(hub, OpenStreams())
+    """The clients of this hub in this process, whichever application they came through.
+
+    Raises TypeError for a hub that has no hash or no weak references.
+    """
+    try:
+        return _open.setdefault(hub, OpenStreams())
+    except TypeError as error:
+        raise TypeError(f"{type(hub).__qualname__} cannot be served: {error}; make it a plain class") from None
 
 
 class EventStream(Response):

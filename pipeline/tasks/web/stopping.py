@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from time import monotonic
 from typing import Any, cast
 
@@ -27,14 +28,14 @@ async def initialize(hub: object) -> None:
     """Get it ready, if it is of a kind that needs that."""
     ready = getattr(hub, "initialize", None)
     if ready is not None:
-        await ready()
+        await _finished(ready)
 
 
 async def shut_down(hub: object) -> None:
     """Shut it down in its own time."""
     stop = getattr(hub, "shutdown", None)
     if stop is not None:
-        await stop()
+        await _finished(stop)
 
 
 async def shut_down_within(hub: object, timeout: float, reason: CancelReason) -> list[str]:
@@ -44,7 +45,7 @@ async def shut_down_within(hub: object, timeout: float, reason: CancelReason) ->
         return []
     deadline = monotonic() + timeout
     wanted = _wanted(stop, {"timeout": timeout, "reason": reason})
-    stopping = asyncio.ensure_future(cast("Callable[..., Awaitable[Any]]", stop)(**wanted))
+    stopping = asyncio.ensure_future(_finished(partial(stop, **wanted)))
     await asyncio.wait([stopping], timeout=max(deadline - monotonic(), 0.0) + (_CLEANUP if "timeout" in wanted else 0.0))
     stuck: list[str] = []
     inner = hub_of(hub)
@@ -57,6 +58,12 @@ async def shut_down_within(hub: object, timeout: float, reason: CancelReason) ->
         get_logger().error("the shutdown of the tasks did not end", hub=repr(hub), waited=timeout)
         return [*stuck, "the shutdown itself"]
     return stuck + _stuck(stopping)
+
+
+async def _finished(function: Callable[[], Any]) -> Any:
+    """What it gives, awaited if need be: a hub of somebody's own may have nothing to wait for. `Any`: its value."""
+    given = function()
+    return await given if inspect.isawaitable(given) else given
 
 
 def _stuck(stopping: asyncio.Future[Any]) -> list[str]:
