@@ -5,6 +5,7 @@
 import { count, duration, make, put, words } from "./text.js";
 
 export const keyOf = (task) => [task.app, task.name, task.id].map(encodeURIComponent).join("/");
+export const MOST = 500; // tasks in the list
 export const over = (task) => !["queued", "running", "cancelling"].includes(task.state);
 
 export class TaskList {
@@ -77,7 +78,8 @@ export class TaskList {
     }
     const running = this.tasks.filter((task) => !over(task)).length;
     const all = this.tasks.length;
-    put(this.found, all === 0 ? "There are no tasks yet" : shown < all ? `${count(shown)} of ${count(all)} shown` : `${count(all)} ${all === 1 ? "task" : "tasks"}, ${count(running)} not over`);
+    const which = `${all < MOST ? "" : "the newest "}${count(all)}`;
+    put(this.found, all === 0 ? "There are no tasks yet" : shown < all ? `${count(shown)} of ${which} shown` : `${which} ${all === 1 ? "task" : "tasks"}, ${count(running)} not over`);
   }
 }
 

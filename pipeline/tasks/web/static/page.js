@@ -5,7 +5,7 @@
 
 import { EventList, Follower } from "./events.js";
 import { Graph } from "./graph.js";
-import { TaskList, keyOf, over } from "./list.js";
+import { MOST, TaskList, keyOf, over } from "./list.js";
 import { count, duration, make, moment, put, words } from "./text.js";
 
 const $ = (id) => document.getElementById(id);
@@ -31,7 +31,7 @@ async function poll() {
   clearTimeout(timer);
   if (document.hidden) return;
   try {
-    const response = await fetch("tasks?limit=500", { headers: tag ? { "If-None-Match": tag } : {}, cache: "no-store" });
+    const response = await fetch(`tasks?limit=${MOST}`, { headers: tag ? { "If-None-Match": tag } : {}, cache: "no-store" });
     list.skew = Number(response.headers.get("x-time") ?? Date.now() / 1000) - Date.now() / 1000;
     if (response.status === 200) took(await response.json(), response.headers.get("etag"));
     else if (response.status !== 304) throw new Error(`the server answers ${response.status}`);
