@@ -21,7 +21,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from helpers import Journal, Program, until
+from helpers import LIMIT, Journal, Program, until
 
 from pipeline.tasks import PostgresTaskBackend, TaskEvent, TaskKey, current_task
 from pipeline.tasks.backends.embedded import EmbeddedServer
@@ -182,13 +182,13 @@ def worker_program(folder: Path, dsn: str, name: str, *arguments: str, **options
 
 async def follow(backend: PostgresTaskBackend, key: TaskKey, **options: Any) -> list[TaskEvent]:
     """All events of a task, up to its end."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(LIMIT):
         return [event async for event in backend.subscribe(*key, **options)]
 
 
 async def first(backend: PostgresTaskBackend, key: TaskKey, type: str, **data: Any) -> TaskEvent:
     """The first event of this type and with these values."""
-    async with asyncio.timeout(20), backend.subscribe(*key) as events:
+    async with asyncio.timeout(LIMIT), backend.subscribe(*key) as events:
         async for event in events:
             if event.type == type and data.items() <= event.data.items():
                 return event

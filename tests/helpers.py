@@ -26,7 +26,7 @@ from pipeline import CancelReason
 
 ROOT = Path(__file__).resolve().parent.parent
 
-LIMIT = 20.0
+LIMIT = 60.0
 """Seconds after which something that should happen has not happened."""
 
 

@@ -793,7 +793,7 @@ def test_ctrl_c_drains_an_iteration_that_asks_for_it(tmp_path: Path, run_in: str
     with Program(tmp_path, source) as program:
         program.says("working")
         program.interrupt(signal.SIGINT, group=True)
-        finished = program.finish(10)
+        finished = program.finish()
     assert finished.out.splitlines()[1:] == ["cancelled True True True", "received SIGINT", "True"]
     assert (finished.code, finished.err) == (0, "")
 
@@ -802,7 +802,7 @@ def test_ctrl_c_without_a_trigger_is_a_keyboard_interrupt_as_ever(tmp_path: Path
     with Program(tmp_path, ITERATION.format(run_in="loop", uvloop=False, cancel_on="()")) as program:
         program.says("working")
         program.interrupt(signal.SIGINT)
-        finished = program.finish(10)
+        finished = program.finish()
     assert finished.out.splitlines()[1:] == ["KeyboardInterrupt iter_closed", "True"]
     assert (finished.code, finished.err) == (0, "")
 
@@ -831,7 +831,7 @@ def test_a_loop_blocked_by_a_plain_handler_that_looks_at_its_state_stops_at_ctrl
     with Program(tmp_path, BLOCKED) as program:
         program.says("working")
         program.interrupt(signal.SIGINT)
-        finished = program.finish(10)
+        finished = program.finish()
     assert finished.out.splitlines() == ["working", "received SIGINT", "cancelled True"]
     assert (finished.code, finished.err) == (0, "")
 

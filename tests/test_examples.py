@@ -244,7 +244,7 @@ def stop_main_job(folder: Path, *steps: tuple[str, signal.Signals], group: bool 
             until(lambda text=text: text in program.err() or program.process.poll() is not None)
             family = program.family()
             program.interrupt(signum, group=group)
-        finished = program.finish(30)
+        finished = program.finish()
         until(lambda: not alive(family))
     assert "Traceback" not in finished.err
     assert "the ledger balances" in finished.out
@@ -275,7 +275,7 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert finished.code == 130
     assert "Pipeline 'index' was cancelled" in finished.out
     assert "Then also: received SIGINT" in finished.out
-    assert finished.seconds < 5
+    assert finished.seconds < 15
 
 
 def test_sigterm_stops_at_once(tmp_path: Path) -> None:
@@ -283,4 +283,4 @@ def test_sigterm_stops_at_once(tmp_path: Path) -> None:
     assert finished.code == 143
     assert "Pipeline 'index' was cancelled" in finished.out
     assert "It stopped because: received SIGTERM" in finished.out
-    assert finished.seconds < 5
+    assert finished.seconds < 15

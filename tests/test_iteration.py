@@ -531,7 +531,7 @@ def test_ctrl_c_during_iter_closes_everything_and_is_raised(tmp_path: Path, grou
         program.says("blocked")
         program.says("4")
         program.interrupt(signal.SIGINT, group=group)
-        finished = program.finish(10)
+        finished = program.finish()
     lines = finished.out.splitlines()
     assert lines[-1] == "interrupted CLOSED iter_closed 1"
     assert "source closed" in lines
@@ -564,7 +564,7 @@ def test_a_second_ctrl_c_during_iter_does_not_wait_for_the_abort_grace(tmp_path:
         program.interrupt(signal.SIGINT)
         program.says("cleaning")
         program.interrupt(signal.SIGINT)
-        finished = program.finish(5)
+        finished = program.finish(15)
     assert finished.out.splitlines()[-1] == "interrupted CLOSED"
     assert finished.err == ""
 
@@ -581,7 +581,7 @@ def test_a_program_that_ends_in_the_middle_of_an_iteration_exits_quietly(tmp_pat
             print(next(outputs))
     """
     with Program(tmp_path, program_text) as program:
-        finished = program.finish(10)
+        finished = program.finish()
     assert (finished.code, finished.out, finished.err) == (0, "0\n", "")
 
 

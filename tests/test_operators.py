@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from aiostream import pipe, stream
+from helpers import LIMIT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -382,7 +383,7 @@ class TestBatch:
                 yield number
                 await asyncio.sleep(0.002)  # the trickle is what is tested
 
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(LIMIT):
             batches = await (Pipeline(source) >> batch(1_000_000, within=0.02) >> tap(lambda some: left.set())).collect()
         assert isinstance(batches, list)
         assert batches[0][0] == 0

@@ -444,9 +444,9 @@ def test_ctrl_c_ends_a_parent_of_four_workers_soon_and_leaves_no_orphan(tmp_path
         until(lambda: _four_at_work(tmp_path))
         family = program.family()
         program.interrupt(signal.SIGINT, group=group)
-        finished = program.finish(5)  # Grace: 1 s for the handlers, 0.5 s after SIGTERM
+        finished = program.finish(15)  # Grace: 1 s for the handlers, 0.5 s after SIGTERM
         assert len(family) >= 4
-        until(lambda: not alive(family), 1)
+        until(lambda: not alive(family), 5)
     assert finished.out.splitlines()[-1] == "interrupted"
     assert finished.err == ""
 
@@ -458,7 +458,7 @@ def test_a_parent_of_four_workers_that_is_killed_leaves_no_orphan(tmp_path: Path
         until(lambda: _four_at_work(tmp_path))
         family = program.family()
         program.interrupt(signum)
-        program.finish(2)
+        program.finish(15)
         assert len(family) >= 4
-        until(lambda: not alive(family), 1)
+        until(lambda: not alive(family), 5)
         assert program.err() == ""

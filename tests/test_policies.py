@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from helpers import Gate, assert_balanced
+from helpers import LIMIT, Gate, assert_balanced
 from structlog.testing import capture_logs
 
 import stages as operators
@@ -651,7 +651,7 @@ class TestRetry:
             raise Boom(item)
 
         pipeline = Pipeline([1]) >> fails
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(LIMIT):
             assert is_err(await pipeline.run())
         assert pipeline.snapshot().stages[0].cancelled == 1
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from databases import backend_on, dsn, execute, first, follow, server, sql, worker_on, worker_program
-from helpers import Journal, eventually, until
+from helpers import LIMIT, Journal, eventually, until
 
 from pipeline.cli import main
 from pipeline.tasks import TaskEvent
@@ -164,7 +164,7 @@ async def test_two_sweepers_recover_a_task_once(dsn: str) -> None:
             await backend.submit({"id": number})
         sql(dsn, "update penstock_tasks set state = 'running', presence = 1, beat = now() - interval '1 hour'")
         found = 0
-        async with asyncio.timeout(20):  # who was just seen to be gone is believed a moment later
+        async with asyncio.timeout(LIMIT):  # who was just seen to be gone is believed a moment later
             while sql(dsn, "select count(*) from penstock_tasks where attempt = 1") != [0]:
                 found += sum(await asyncio.gather(*(sweeper.sweep() for sweeper in sweepers)))
         assert found == 5

@@ -104,7 +104,7 @@ def test_the_first_signal_drains_and_the_exit_code_tells_which_it_was(tmp_path: 
     with program(tmp_path, QUICK, options=f", uvloop={uvloop}") as running:
         running.says("working")
         running.interrupt(signum)
-        finished = running.finish(10)
+        finished = running.finish()
     name = signal.Signals(signum).name
     said = spoken(finished)
     assert said[0] == FINISHING.format(name)
@@ -122,7 +122,7 @@ def test_the_second_signal_stops_at_once_whichever_it_is(tmp_path: Path, second:
         running.interrupt(INT)
         until(lambda: "finishing" in running.err())
         running.interrupt(second)
-        finished = running.finish(10)
+        finished = running.finish()
     said = spoken(finished)
     assert said[:2] == [FINISHING.format("SIGINT"), STOPPING.format(name)]
     assert said[2].startswith("Pipeline 'demo' was cancelled after N s: ")
@@ -139,11 +139,11 @@ def test_the_third_signal_does_not_wait_for_a_handler_that_cleans_up(tmp_path: P
         for signum, answer in ((TERM, "finishing"), (INT, "stopping at once"), (TERM, "killing")):
             running.interrupt(signum)
             until(lambda answer=answer: answer in running.err())
-        finished = running.finish(10)
+        finished = running.finish()
     said = spoken(finished)
     assert said[:3] == [FINISHING.format("SIGTERM"), STOPPING.format("SIGINT"), "SIGTERM: killing"]
     assert finished.code == 143
-    assert finished.seconds < 5
+    assert finished.seconds < 15
     assert "atexit" in finished.out
 
 
@@ -153,7 +153,7 @@ def test_a_fourth_signal_changes_nothing(tmp_path: Path) -> None:
         for count in range(1, 5):
             running.interrupt(INT)
             until(lambda count=count: len(running.err().splitlines()) >= count)
-        finished = running.finish(10)
+        finished = running.finish()
     assert spoken(finished)[2:4] == ["SIGINT: killing", "SIGINT: killing, as asked"]
     assert finished.code == 130
 
@@ -163,7 +163,7 @@ def test_two_signals_at_the_same_moment_are_one_step_each(tmp_path: Path) -> Non
         running.says("working")
         running.interrupt(INT)
         running.interrupt(TERM)
-        finished = running.finish(10)
+        finished = running.finish()
     said = spoken(finished)
     assert {said[0], said[1]} in (
         {FINISHING.format("SIGINT"), STOPPING.format("SIGTERM")},
@@ -179,7 +179,7 @@ def test_two_signals_at_the_same_moment_are_one_step_each(tmp_path: Path) -> Non
 def test_a_signal_before_the_start_starts_nothing(tmp_path: Path, signum: int, code: int) -> None:
     first = f"asyncio.new_event_loop = lambda new=asyncio.new_event_loop: (signal.raise_signal({int(signum)}), new())[1]"
     with program(tmp_path, QUICK, first=first) as running:
-        finished = running.finish(10)
+        finished = running.finish()
     name = signal.Signals(signum).name
     assert spoken(finished) == [
         FINISHING.format(name),
@@ -228,7 +228,7 @@ def test_a_signal_that_the_kernel_gives_to_another_thread_wakes_a_loop_that_slee
     with program(tmp_path, body, drain=0, options=f", uvloop={uvloop}") as running:
         running.says("working")
         (tmp_path / "go").touch()
-        finished = running.finish(10)
+        finished = running.finish()
     assert finished.code == 130
     assert spoken(finished)[0] == FINISHING.format("SIGINT")
 
@@ -244,7 +244,7 @@ def test_three_signals_end_a_program_whatever_its_code_does(tmp_path: Path, body
         for signum, answer in ((INT, "finishing"), (TERM, "stopping at once"), (INT, "killing")):
             running.interrupt(signum)
             until(lambda answer=answer: answer in running.err())
-        finished = running.finish(10)
+        finished = running.finish()
     said = spoken(finished)
     assert said[:3] == [FINISHING.format("SIGINT"), STOPPING.format("SIGTERM"), "SIGINT: killing"]
     if body is BLOCKS:
@@ -268,7 +268,7 @@ def work(item, state):
         running.interrupt(INT)
         until(lambda: "finishing" in running.err())
         running.interrupt(INT)
-        finished = running.finish(10)
+        finished = running.finish()
     assert "['received SIGINT', 'received SIGINT (signal number 2 since armed)']" in finished.out
     assert finished.code == 130
 
@@ -289,7 +289,7 @@ def test_a_thread_of_to_thread_is_named_and_one_more_signal_ends_the_process(tmp
         running.interrupt(INT)
         until(lambda: "without waiting" in running.err())
         running.interrupt(TERM)
-        finished = running.finish(10)
+        finished = running.finish()
     said = spoken(finished)
     assert said[-2:] == [
         "everything is closed but thread 'asyncio_0'; once more to end without waiting",
@@ -304,7 +304,7 @@ def test_after_three_signals_a_thread_of_to_thread_is_left_behind(tmp_path: Path
         for answer in ("finishing", "stopping at once", ""):
             running.interrupt(INT)
             until(lambda answer=answer: answer in running.err())
-        finished = running.finish(10)
+        finished = running.finish()
     assert spoken(finished)[-1] == "leaving behind thread 'asyncio_0'"
     assert finished.code == 130
     assert "atexit" not in finished.out
@@ -331,7 +331,7 @@ def work(item):
         for answer in answers:
             running.interrupt(INT, group=group)
             until(lambda answer=answer: answer in running.err())
-        finished = running.finish(10)
+        finished = running.finish()
         until(lambda: not alive(family))
     assert finished.code == 130
     assert all(line.startswith("penstock: ") for line in finished.err.splitlines()), finished.err
@@ -348,7 +348,7 @@ def work(item):
     raise ValueError("boom")
 """
     with program(tmp_path, body) as running:
-        finished = running.finish(10)
+        finished = running.finish()
     assert (finished.code, finished.out) == (0, "returned Err\natexit\n")
     assert "Traceback" not in finished.err
 
@@ -365,7 +365,7 @@ async def work(item):
     with program(tmp_path, body) as running:
         running.says("working")
         running.interrupt(TERM)
-        finished = running.finish(10)
+        finished = running.finish()
     assert "penstock: SIGTERM: finishing what was taken" in finished.err
     assert "penstock: Error in 'work': ValueError: boom.\n" in finished.err
     assert finished.code == 143
@@ -398,7 +398,7 @@ def test_an_exit_raised_by_a_handler_stops_the_run_and_goes_on(tmp_path: Path, e
         raise {error}
 """
     with program(tmp_path, body) as running:
-        finished = running.finish(10)
+        finished = running.finish()
     if "7" in error:
         assert (finished.code, finished.err) == (7, "")
     else:
@@ -413,7 +413,7 @@ def test_ctrl_c_that_is_not_among_the_signals_is_a_keyboard_interrupt_after_an_a
     with program(tmp_path, body, options=f", signals=[signal.SIGTERM], uvloop={uvloop}") as running:
         running.says("working")
         running.interrupt(INT)
-        finished = running.finish(10)
+        finished = running.finish()
     assert finished.code == -INT
     assert "cleaning" in finished.out
     assert finished.err.rstrip().endswith("KeyboardInterrupt")
@@ -438,7 +438,7 @@ def work(item, state):
         running.interrupt(INT)
         running.says("interrupted by KeyboardInterrupt")
         running.interrupt(INT)
-        finished = running.finish(10)
+        finished = running.finish()
     assert finished.code == -INT
     assert finished.out.splitlines()[2:] == ["interrupted", "atexit"]
 
@@ -452,7 +452,7 @@ def test_nobody_reads_stderr_and_the_program_stops_all_the_same(tmp_path: Path) 
     with program(tmp_path, body) as running:
         running.says("working")
         running.interrupt(INT)
-        finished = running.finish(10)
+        finished = running.finish()
     assert (finished.code, finished.out) == (130, "working\natexit\n")
 
 
@@ -460,7 +460,7 @@ def test_stderr_is_closed_and_the_program_stops_all_the_same(tmp_path: Path) -> 
     with program(tmp_path, QUICK + "\nos.close(2)\n") as running:
         running.says("working")
         running.interrupt(TERM)
-        finished = running.finish(10)
+        finished = running.finish()
     assert (finished.code, finished.out) == (143, "working\natexit\n")
 
 
@@ -477,7 +477,7 @@ os.dup2(write, 2)
     with program(tmp_path, body) as running:
         running.says("working")
         running.interrupt(INT)
-        finished = running.finish(10)
+        finished = running.finish()
     assert (finished.code, finished.out) == (130, "working\natexit\n")
 
 
@@ -486,7 +486,7 @@ os.dup2(write, 2)
 
 def test_without_a_signal_the_report_is_returned_and_nothing_is_said(tmp_path: Path) -> None:
     with program(tmp_path, "work = stage(abs)", source="range(5)") as running:
-        finished = running.finish(10)
+        finished = running.finish()
     assert (finished.code, finished.out, finished.err) == (0, "returned RunReport\natexit\n", "")
 
 
@@ -511,7 +511,7 @@ def test_a_signal_given_twice_counts_once(tmp_path: Path) -> None:
     with program(tmp_path, QUICK, options=", signals=[signal.SIGUSR1, signal.SIGUSR1, signal.SIGRTMIN + 1]") as running:
         running.says("working")
         running.interrupt(signal.SIGUSR1)
-        finished = running.finish(10)
+        finished = running.finish()
     assert spoken(finished)[1].startswith("Pipeline 'demo' was drained")
     assert finished.code == 128 + signal.SIGUSR1
 
@@ -520,7 +520,7 @@ def test_a_signal_without_a_name_will_do(tmp_path: Path) -> None:
     with program(tmp_path, QUICK, options=", signals=[signal.SIGRTMIN + 1]") as running:
         running.says("working")
         running.interrupt(signal.SIGRTMIN + 1)
-        finished = running.finish(10)
+        finished = running.finish()
     assert spoken(finished)[0] == FINISHING.format(f"signal {signal.SIGRTMIN + 1}")
     assert finished.code == 128 + signal.SIGRTMIN + 1
 

@@ -516,7 +516,7 @@ def test_an_interrupt_raised_in_a_handler_does_not_leave_a_synchronous_consumer_
             print("over", pipeline.snapshot().state.name, flush=True)
     """
     with Program(tmp_path, program_text) as program:
-        finished = program.finish(5)
+        finished = program.finish(15)
     assert finished.out.splitlines()[-1] == "over CLOSED"
 
 
