@@ -52,6 +52,11 @@ SERVICE = """
         await context.item({MARKUP: MARKUP})
         raise ValueError(MARKUP)
 
+    async def stages(context):
+        await context.send_event("started", {"stages": 3})
+        await context.progress(1, 3, stages=[None], message="of my own")
+        await waits()
+
     async def burst(context):
         for number in range(900):
             await context.item(number)
@@ -60,7 +65,7 @@ SERVICE = """
         await context.progress(30, 120, message="reading lines")
         await waits()
 
-    WORK = {"pipeline": endless, "waits": lambda: waits, "marked": lambda: marked, "burst": lambda: burst,
+    WORK = {"pipeline": endless, "waits": lambda: waits, "marked": lambda: marked, "stages": lambda: stages, "burst": lambda: burst,
             "once": lambda: once, "counting": lambda: counting}
 
     async def begin(request):
@@ -170,6 +175,15 @@ async def test_markup_in_the_data_of_a_task_is_text(page: Page, url: str) -> Non
     await expect(page.locator("#name")).to_have_text("marked <b>1<")
     assert await page.locator("#task img, #task script, nav img, nav script, nav b, #task b").count() == 0
     assert await page.evaluate("window.hacked") is None
+
+
+@in_browser
+async def test_data_that_only_looks_like_a_pipeline_is_shown_as_what_it_is(page: Page, url: str) -> None:
+    await page.goto(begin(url, "stages", "own"))
+    await expect(page.locator("#done")).to_contain_text("1 of 3 of my own")
+    await expect(page.locator("#pipeline")).to_be_hidden()
+    await expect(page.locator("#events > li")).to_have_count(2)
+    await expect(page.locator("#events")).to_contain_text('{"stages":3}')
 
 
 @in_browser

@@ -2,6 +2,7 @@
 //
 // The rule kept here: the list is bounded, and whatever was left out is said.
 
+import { stagesOf } from "./graph.js";
 import { brief, count, make, moment, put, words } from "./text.js";
 
 const TYPES = ["started", "progress", "item", "warning", "error", "cancelled", "timed_out", "completed"];
@@ -98,9 +99,10 @@ function whole({ traceback, ...rest }) {
 
 function summary({ type, data }) {
   if (typeof data.message === "string") return brief(data.type ? `${data.type}: ${data.message}` : data.message);
-  if (type === "started") return data.stages ? `${data.stages.length} ${data.stages.length === 1 ? "stage" : "stages"}: ${brief(data.stages.map((stage) => stage.name).join(" → "))}` : "";
+  const stages = stagesOf(data);
+  if (type === "started" && stages) return `${stages.length} ${stages.length === 1 ? "stage" : "stages"}: ${brief(stages.map((stage) => stage.name).join(" → "))}`;
   if (type === "item") return brief("item" in data ? data.item : data);
-  if (data.stages) return `${count(data.pulled)} pulled, ${count(data.delivered)} delivered`;
+  if (stages) return `${count(data.pulled)} pulled, ${count(data.delivered)} delivered`;
   if ("value" in data) return brief(data.value);
   return Object.keys(data).length ? brief(data) : "";
 }

@@ -7,6 +7,12 @@ import { count, latency, make, put, rate } from "./text.js";
 const KINDS = ["busy", "starved", "blocked"];
 const MEANING = { busy: "busy", starved: "waits for input", blocked: "waits for room" };
 
+// The stages that data tells of; null if it tells of none. Work may send what it likes under any name.
+export function stagesOf(data) {
+  const stages = data?.stages;
+  return Array.isArray(stages) && stages.every((stage) => typeof stage?.name === "string") ? stages : null;
+}
+
 export class Graph {
   constructor(chain, table) {
     this.chain = chain;
@@ -26,7 +32,7 @@ export class Graph {
 
   // `stages` are those of the `started` event; `snapshot` is the newest progress, or the report at the end.
   show(stages, snapshot, over) {
-    const rows = snapshot?.stages ?? [];
+    const rows = stagesOf(snapshot) ?? [];
     const known = rows.length ? rows : stages;
     this.build(known.map((row, index) => ({ ...row, run_in: stages[index]?.run_in ?? null })));
     if (!rows.length) return;

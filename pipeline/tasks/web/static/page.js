@@ -4,7 +4,7 @@
 // holds no connection; it goes on where it was when it is looked at again.
 
 import { EventList, Follower } from "./events.js";
-import { Graph } from "./graph.js";
+import { Graph, stagesOf } from "./graph.js";
 import { MOST, TaskList, keyOf, over } from "./list.js";
 import { count, duration, make, moment, put, words } from "./text.js";
 
@@ -118,14 +118,14 @@ function heard(chosen, event) {
   if (chosen !== task) return;
   chosen.fresh.push(event);
   if (event.type === "started") {
-    chosen.stages = event.data.stages ?? [];
+    chosen.stages = stagesOf(event.data) ?? [];
     chosen.snapshot = null;
     chosen.ended = false;
   } else if (event.type === "progress") {
     chosen.snapshot = event.data;
   } else if (chosen.follower.source === null) {
     chosen.ended = true;
-    chosen.snapshot = event.data.stages ? event.data : (event.data.report ?? chosen.snapshot);
+    chosen.snapshot = stagesOf(event.data) ? event.data : (event.data.report ?? chosen.snapshot);
     if (chosen.status && !over(chosen.status)) say(ENDS[event.type]);
     refresh(chosen);
     poll();
@@ -151,8 +151,8 @@ function show(chosen) {
     chosen.fresh = [];
   }
   const snapshot = chosen.snapshot ?? status?.progress;
-  const stages = chosen.stages.length ? chosen.stages : (status?.about?.stages ?? []);
-  const isPipeline = stages.length > 0 || Boolean(snapshot?.stages);
+  const stages = chosen.stages.length ? chosen.stages : (stagesOf(status?.about) ?? []);
+  const isPipeline = stages.length > 0 || stagesOf(snapshot) !== null;
   $("pipeline").hidden = !isPipeline;
   $("progress").hidden = isPipeline || !snapshot;
   if (isPipeline) graph.show(stages, snapshot, chosen.ended);
