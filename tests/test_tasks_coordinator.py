@@ -221,12 +221,13 @@ async def test_a_coroutine_that_was_called_is_refused_and_closed(coordinator: Ta
         ({"timeout": float("nan")}, ValueError),
         ({"cancel_on": [5]}, TypeError),
         ({"cancel_on": EventTrigger}, TypeError),
+        ({"cancel_on": None}, TypeError),
     ],
 )
 async def test_options_that_cannot_work_are_refused_before_anything_starts(
     coordinator: TaskCoordinator, options: dict[str, Any], kind: type[Exception]
 ) -> None:
-    with pytest.raises(kind):
+    with pytest.raises(kind, match="needs a number of seconds|takes triggers, such as"):
         coordinator.start_task(*KEY, nothing, **options)
     assert not coordinator.is_task_running(*KEY)
 

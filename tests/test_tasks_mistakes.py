@@ -195,6 +195,14 @@ async def test_a_shutdown_of_no_time_is_refused_before_anything_is_cancelled(tim
     await coordinator.shutdown()
 
 
+async def test_a_shutdown_for_no_reason_is_refused_before_anything_is_closed() -> None:
+    coordinator = TaskCoordinator()
+    with pytest.raises(TypeError, match="a reason is a text or a CancelReason, not 5"):
+        await coordinator.shutdown(reason=5)  # type: ignore[arg-type]
+    coordinator.start_task(*KEY, Held())
+    await coordinator.shutdown()
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

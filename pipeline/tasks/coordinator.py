@@ -173,9 +173,9 @@ class TaskCoordinator(TaskHub):
         `timeout=0` ends the waiting. The reason's code is "shutdown" unless it has one.
         """
         check_stop(self._running.values(), timeout)
+        why = as_reason("the service is shutting down" if reason is None else reason, None)
         self._bind()
         self._closed = True
-        why = as_reason("the service is shutting down" if reason is None else reason, None)
         return await stop_tasks(list(self._running.values()), why, timeout)
 
     def shutting_down_on(self, *signals: int, timeout: float = 10.0) -> SignalledShutdown:

@@ -10,7 +10,7 @@ The rules kept here:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 from time import time
@@ -348,7 +348,7 @@ def check_interval(seconds: object) -> None:
 
 
 def _triggers(timeout: float | None, cancel_on: Trigger | Sequence[Trigger]) -> list[Trigger]:
-    triggers = [cancel_on] if isinstance(cancel_on, Trigger) else list(cancel_on)
+    triggers = [cancel_on] if isinstance(cancel_on, Trigger) or not isinstance(cancel_on, Iterable) else list(cancel_on)
     for trigger in triggers:
         if isinstance(trigger, type) or not isinstance(trigger, Trigger):
             raise TypeError(f"cancel_on takes triggers, such as EventTrigger(event), not {trigger!r}")
