@@ -33,6 +33,14 @@ LIMIT = 60.0
 # --- waiting
 
 
+def contention() -> float:
+    """How many times as long everything takes here because others are at work on this machine, too; 1.0 when nobody is."""
+    began, spent = time.perf_counter(), time.thread_time()
+    while (used := time.thread_time() - spent) < 0.01:
+        pass
+    return max((time.perf_counter() - began) / used, 1.0)
+
+
 def until(condition: Callable[[], Any], seconds: float = LIMIT) -> None:
     """Poll a condition in another process or thread; `TimeoutError` when it does not come true in time."""
     deadline = time.monotonic() + seconds

@@ -61,7 +61,7 @@ asyncio.run(main())
 def grown(kind: str, length: int) -> float:
     """By how many MB a process of its own has grown at most during a run."""
     command = [sys.executable, "-c", PROGRAM, kind, str(length)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=55)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["pulled"] == length

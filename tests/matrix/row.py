@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
+from helpers import contention
+
 __all__ = ["ROWS", "Row", "Scenario", "fault", "share"]
 
 _NOISE = 1.0
@@ -24,19 +26,28 @@ class Row:
 
     injected: int = 0
     seconds: list[float] = field(default_factory=list)
+    contention: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def closed(self, began: float) -> None:
         """One fault, injected at `began` on the monotonic clock, is over."""
         self.injected += 1
         self.seconds.append(monotonic() - began)
+        self.contention.append(contention())
 
     def within(self, limit: float) -> None:
-        """Each of the faults must have been over within `limit` seconds; a noisy machine may delay a few."""
+        """Each of the faults must have been over within `limit` seconds; a noisy machine may delay a few.
+
+        The limit is for a machine of one's own. On one that others use as well it is as much longer as everything is.
+        """
         assert self.seconds, "nothing was measured"
+        shared = statistics.median(self.contention)
+        if shared > 1.1:
+            self.notes.append(f"limits × {shared:.1f} on this shared machine")
+        limit *= shared
         late = [seconds for seconds in self.seconds if seconds > limit]
-        assert statistics.median(self.seconds) <= limit, f"typically {statistics.median(self.seconds):.3f} s, not {limit} s"
-        assert len(late) <= 1 + len(self.seconds) // 50, f"{len(late)} of {len(self.seconds)} took more than {limit} s: {late}"
+        assert statistics.median(self.seconds) <= limit, f"typically {statistics.median(self.seconds):.3f} s, not {limit:.3f} s"
+        assert len(late) <= 1 + len(self.seconds) // 50, f"{len(late)} of {len(self.seconds)} took more than {limit:.3f} s: {late}"
         assert max(self.seconds) <= limit + _NOISE, f"one took {max(self.seconds):.3f} s"
 
 
