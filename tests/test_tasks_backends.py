@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -226,6 +228,29 @@ async def test_inline_who_is_cancelled_while_he_waits_takes_the_task_with_him() 
     assert cleaned == ["up"]
     end = await the_end(backend, TaskKey("tasks", "task", "a"))
     assert messages(end) == ["the code that has submitted the task was cancelled"]
+
+
+async def test_inline_nothing_is_kept_for_one_who_is_cancelled_at_the_end_of_his_task() -> None:
+    class Large:
+        pass
+
+    backend, made, submitting = SyncTaskBackend(), list[weakref.ref[Large]](), list[asyncio.Task[Any]]()
+    loop = asyncio.get_running_loop()
+
+    async def execute(task: dict[str, Any]) -> Large:
+        current = asyncio.current_task()
+        assert current is not None
+        current.add_done_callback(lambda _: loop.call_soon(submitting[0].cancel))
+        large = Large()
+        made.append(weakref.ref(large))
+        return large
+
+    backend.set_executor(execute)
+    submitting.append(asyncio.create_task(backend.submit({})))
+    await asyncio.wait(submitting)
+    assert submitting.pop().cancelled()
+    gc.collect()
+    assert [reference() for reference in made] == [None]
 
 
 async def test_inline_a_task_that_is_cancelled_does_not_cancel_who_has_submitted_it() -> None:

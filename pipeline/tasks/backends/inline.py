@@ -59,7 +59,8 @@ class SyncTaskBackend(TaskBackend):
             await running.wait()
         except asyncio.CancelledError:
             running.cancel("the code that has submitted the task was cancelled", code="parent_cancelled")
-            self._left.add(running)
+            if not running.gone.done():  # else nothing would take it out again
+                self._left.add(running)
             await running.wait()
             raise
         return key
