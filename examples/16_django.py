@@ -5,7 +5,7 @@ is in one file here; in a project the parts are where they always are.
 
     python examples/16_django.py                                  plays it through: starts, watches and cancels a task
     penstock serve 16_django:application                          for real (in examples/), then open http://127.0.0.1:8000
-    uvicorn --app-dir examples 16_django:application              the same, under any other ASGI server
+    uvicorn --app-dir examples --timeout-graceful-shutdown 5 16_django:application    under another ASGI server
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ def create_app(
     connection come back after `retry` seconds.
 
     Run by itself, it initializes the hub when it starts and shuts it down when it ends, around your `lifespan`, unless
-    `manage` is False. Mounted, nobody runs that: do both yourself.
+    `manage` is False. Mounted, nobody runs that: do both yourself. uvicorn ends an application only when its connections
+    are closed, and who follows a task holds one: give it `--timeout-graceful-shutdown`. `penstock serve` needs none.
     """
     _check_seconds(heartbeat=heartbeat, retry=retry)
     views = _Views(hub_of(hub), Token(token), heartbeat=heartbeat, retry=retry)
