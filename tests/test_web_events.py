@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from helpers import turns
@@ -139,6 +140,22 @@ async def test_a_client_that_leaves_while_it_takes_nothing_is_forgotten_too(hub:
     for _ in range(100):
         await work.context.item("x" * 10_000)
     await turns()
+    await client.leave()
+    assert len(streams_of(hub)) == 0
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(), RuntimeError("Unexpected message received: http.disconnect")])
+async def test_a_client_whose_departure_is_told_as_an_error_is_forgotten_too(hub: TaskCoordinator, error: Exception) -> None:
+    class Failing(Client):
+        async def _receive(self) -> dict[str, Any]:
+            await self._gone.wait()
+            raise error
+
+    work = Held()
+    start(hub, work)
+    client = Failing(app_for(hub), URL)
+    await client.until(lambda client: client.types)
+    assert len(streams_of(hub)) == 1
     await client.leave()
     assert len(streams_of(hub)) == 0
 

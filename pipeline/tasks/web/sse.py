@@ -193,8 +193,8 @@ class EventStream(Response):
         try:
             while (await receive())["type"] != "http.disconnect":
                 pass
-        except OSError:  # servers that tell of it in this way
-            get_logger().debug("a client has left")
+        except Exception as error:  # servers and middleware tell of it in ways of their own
+            get_logger().debug("a client has left", error=describe(error))
         self._waiting.clear()
         self._end()
 
