@@ -10,14 +10,17 @@ import gc
 import time
 import warnings
 from collections.abc import AsyncIterator, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
+import psycopg
 import pytest
 from databases import backend_on, dsn, execute, first, follow, server, sql, worker_on
 from helpers import eventually
 
 from pipeline import CancelReason, Pipeline
 from pipeline.tasks import EventType, PostgresTaskBackend
+from pipeline.tasks.backends.postgres import sweeper
 from pipeline.tasks.backends.postgres.store import Claim, Store
 
 __all__ = ["dsn", "server"]
@@ -261,3 +264,51 @@ async def test_a_pipeline_that_is_cancelled_from_a_machine_whose_clock_is_late_i
         assert await backend.cancel_task(*key, CancelReason("enough", at=time.time() - 3600))
         end = (await follow(backend, key))[-1]
     assert (end.type, end.data["message"]) == ("cancelled", "enough")
+
+
+async def only_sweeper(backend: PostgresTaskBackend) -> sweeper.Sweeper:
+    """One that sweeps when it is told to, instead of the backend's own."""
+    opened = backend._open
+    assert opened is not None
+    (own,) = (task for task in asyncio.all_tasks() if task.get_name() == "penstock sweeper")
+    own.cancel()
+    await asyncio.wait([own])
+    return sweeper.Sweeper(opened.database, opened.store, interval=0.5, heartbeat=30)
+
+
+async def test_a_worker_whose_connection_was_lost_has_a_second_to_come_back(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(sweeper, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    async with backend_on(dsn, sweep_interval=3600) as backend:
+        sweeping = await only_sweeper(backend)
+        await backend.submit({})
+        sql(dsn, "update penstock_tasks set state = 'running', presence = 1, beat = now()")
+        await eventually(lambda: sql(dsn, "select now() - pg_postmaster_start_time() > interval '3 seconds'") == [True])
+        for seconds, found in ((0.0, 0), (0.3, 0), (0.6, 0), (0.2, 1)):  # as a loop that a task holds comes back
+            clock[0] += seconds
+            assert await sweeping.sweep() == found
+
+
+async def test_tasks_that_wait_are_looked_at_the_more_seldom_the_longer_that_takes(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, looked = [100.0], list[float]()
+
+    real: Any = psycopg.AsyncConnection.execute
+
+    async def noted(self: Any, query: Any, *values: Any) -> Any:
+        if b"'astray'" in (query if isinstance(query, bytes) else b""):
+            looked.append(clock[0])
+            clock[0] += 2.0
+        return await real(self, query, *values)
+
+    monkeypatch.setattr(psycopg.AsyncConnection, "execute", noted)
+    monkeypatch.setattr(sweeper, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    async with backend_on(dsn, sweep_interval=3600) as backend:
+        sweeping = await only_sweeper(backend)
+        looked.clear()
+        clock[0] = 100.0
+        for _ in range(60):
+            await sweeping.sweep()
+            clock[0] += 1.0
+    assert looked == [100.0, 140.0]

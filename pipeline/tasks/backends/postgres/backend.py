@@ -50,8 +50,8 @@ class PostgresTaskBackend(TaskBackend):
     A task whose worker is lost is done again by another, as a further attempt, up to `max_attempts`; `current_task().saved`
     has what the one before has saved. So work is done at least once: what it does outside of the database should bear a
     repetition, or carry `current_task().attempt`, which only grows within a run, as a fencing number. A worker whose process
-    has ended is noticed in about a second; one that is frozen, cut off, or whose event loop is blocked, after `heartbeat`
-    seconds.
+    has ended is noticed in one or two seconds; one that is frozen, cut off, or whose event loop is blocked, after
+    `heartbeat` seconds.
 
     `queue` is procrastinate's, and workers serve one. `retry` is for tasks that fail: a number of further attempts, or a
     `RetryStrategy` of procrastinate; without it a failure ends the task. Tasks that are over are forgotten after `keep`

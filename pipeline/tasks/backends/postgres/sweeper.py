@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from itertools import count
 from typing import Any
 
 import psycopg
@@ -29,11 +28,14 @@ _RECONNECT = 3.0
 """Seconds that workers have to come back after a start of the server."""
 _TAKEN = 5.0
 """Seconds in which a worker begins the job that it has taken."""
-_SURE = 0.2
-"""Seconds for which a worker has been gone when it is believed: its connection may only have been lost."""
+_SURE = 1.0
+"""Seconds for which a worker has been gone when it is believed: its connection may only have been lost, while a task held
+its event loop."""
 
 _ASTRAY = 10
-"""Each how many sweeps tasks that wait are looked at, too: that costs a look at each of them."""
+"""Each how many sweeps tasks that wait are looked at, too: that costs a look at each of them,"""
+_SHARE = 20
+"""and so many times what it took passes until the next, at least."""
 
 _COLUMNS = """t.id, t.run, t.attempt, t.state, t.worker, t.lost, t.max_attempts, t.app, t.name, t.key, j.status::text as job
     from penstock_tasks t left join procrastinate_jobs j on j.id = t.job"""
@@ -69,7 +71,7 @@ class Sweeper:
         self._heartbeat = heartbeat
         self._suspects: dict[tuple[int, int, int], float] = {}
         """Attempts whose worker seems to be gone, and since when."""
-        self._nth = count()
+        self._look_at_waiting = 0.0
 
     async def run(self) -> None:
         while True:
@@ -91,9 +93,12 @@ class Sweeper:
                 return 0
             cursor = await connection.execute(_FIND_LOST.encode(), {"heartbeat": self._heartbeat})
             sure = self._only_sure(await cursor.fetchall())
-            if next(self._nth) % _ASTRAY == 0:
+            began = time.monotonic()
+            if began >= self._look_at_waiting:
                 cursor = await connection.execute(_FIND_ASTRAY.encode())
                 sure += await cursor.fetchall()
+                took = time.monotonic() - began
+                self._look_at_waiting = began + max(_ASTRAY * self._interval, _SHARE * took)
             for lost in sure:
                 await self._see_to(connection, lost)
         for lost in sure:
