@@ -387,6 +387,19 @@ AUDIT = """() => {
 
 
 @in_browser
+@pytest.mark.parametrize("path", ["../../streams", "%2e%2e/%2E./streams", "shop/waits", "shop/waits/../x", "//streams"])
+async def test_an_address_leads_to_tasks_and_nowhere_else(page: Page, url: str, path: str) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(urlsplit(request.url).path))
+    await page.goto(f"{url}/#/{path}")
+    async with page.expect_response(lambda response: "/tasks?" in response.url):  # the next list, when all else was asked for
+        pass
+    await expect(page.locator("#blank")).to_be_visible()
+    await expect(page.locator("#task")).to_be_hidden()
+    assert [path for path in asked if path not in ("/", "/tasks") and not path.startswith("/static/")] == []
+
+
+@in_browser
 async def test_a_narrow_screen_shows_the_list_or_the_task(page: Page, url: str) -> None:
     await page.set_viewport_size({"width": 390, "height": 800})
     await page.goto(url)

@@ -64,7 +64,7 @@ function connected(how) {
 // --- one task
 
 function choose() {
-  const key = location.hash.startsWith("#/") ? location.hash.slice(2) : (task?.key ?? "");
+  const key = location.hash.startsWith("#/") ? keyIn(location.hash.slice(2)) : (task?.key ?? "");
   if (key === (task?.key ?? "")) return;
   task?.follower.close();
   task = key ? { key, status: null, stages: [], snapshot: null, all: [], fresh: [], ended: false } : null;
@@ -91,6 +91,13 @@ const decoded = (key) => key.split("/").map((part) => {
     return part;
   }
 });
+
+// The task that an address names; none for one that would lead elsewhere on this server, whoever has made that link.
+function keyIn(path) {
+  const parts = decoded(path);
+  const good = parts.length === 3 && parts.every((part) => !["", ".", ".."].includes(part));
+  return good ? parts.map(encodeURIComponent).join("/") : "";
+}
 
 async function refresh(chosen) {
   try {
