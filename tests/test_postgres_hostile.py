@@ -312,3 +312,18 @@ async def test_tasks_that_wait_are_looked_at_the_more_seldom_the_longer_that_tak
             await sweeping.sweep()
             clock[0] += 1.0
     assert looked == [100.0, 140.0]
+
+
+async def test_a_notification_of_somebody_elses_does_no_harm(dsn: str) -> None:
+    async with worker_on(dsn) as backend:
+        key = await backend.submit({"type": "count", "to": 10})
+        watching = asyncio.create_task(follow(backend, key))
+        await first(backend, key, "started")
+        for payload in ("9" * 5000, "\u00b2", "-1", " asked", "x" * 7000):
+            sql(dsn, "select pg_notify('penstock', %s)", payload)
+        assert (await watching)[-1].type == "completed"
+        waiting = await backend.submit({"type": "wait"})
+        await first(backend, waiting, "progress")
+        assert await backend.cancel_task(*waiting, "still heard")
+        assert (await follow(backend, waiting))[-1].type == "cancelled"
+        assert {"penstock listener", "penstock sweeper"} <= {task.get_name() for task in asyncio.all_tasks()}

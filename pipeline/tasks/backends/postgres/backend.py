@@ -51,7 +51,8 @@ class PostgresTaskBackend(TaskBackend):
     has what the one before has saved. So work is done at least once: what it does outside of the database should bear a
     repetition, or carry `current_task().attempt`, which only grows within a run, as a fencing number. A worker whose process
     has ended is noticed in one or two seconds; one that is frozen, cut off, or whose event loop is blocked, after
-    `heartbeat` seconds.
+    `heartbeat` seconds, which have to be the same in all processes. A task that kills its worker is a loss to all that
+    the worker was at: give such tasks a queue of their own, with `concurrency=1`.
 
     `queue` is procrastinate's, and workers serve one. `retry` is for tasks that fail: a number of further attempts, or a
     `RetryStrategy` of procrastinate; without it a failure ends the task. Tasks that are over are forgotten after `keep`

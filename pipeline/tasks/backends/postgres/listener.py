@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-import psycopg
-
 from ....observe.logs import get_logger
-from .database import AWAY, Backoff, Connection, Database, in_one_line, pass_cancellation
+from .database import Backoff, Connection, Database, in_one_line, pass_cancellation
 
 __all__ = ["PRESENCE", "Listener"]
 
@@ -54,7 +52,7 @@ class Listener:
                     await self._prepare(connection)
                     backoff = Backoff()
                     await self._listen(connection)
-            except (*AWAY, psycopg.Error) as error:
+            except Exception as error:  # its process counts as dead without it, so it goes on whatever it was
                 get_logger().warning(
                     "not connected to the database; trying again",
                     database=self._database.place,

@@ -47,7 +47,7 @@ class Mirrors:
     def heard(self, payload: str) -> None:
         """Something was added to a task."""
         task = payload.partition(" ")[0]
-        if task.isdecimal() and int(task) in self._mirrors:
+        if task.isdecimal() and len(task) < 20 and int(task) in self._mirrors:  # anybody may call on this channel
             self._dirty.add(int(task))
             self._news.set()
 

@@ -13,11 +13,9 @@ import asyncio
 import time
 from typing import Any
 
-import psycopg
-
 from ....cancellation.reason import CancelReason
 from ....observe.logs import get_logger
-from .database import AWAY, Connection, Database, pass_cancellation
+from .database import AWAY, Connection, Database, in_one_line, pass_cancellation
 from .listener import PRESENCE
 from .store import Lost, Store, as_json
 
@@ -80,8 +78,9 @@ class Sweeper:
                 await self.sweep()
             except AWAY:
                 self._suspects.clear()
-            except psycopg.Error as error:
-                get_logger().error("the sweep has failed; trying again", error=str(error))
+            except Exception as error:  # nobody else may be there to sweep, so it goes on whatever it was
+                self._suspects.clear()
+                get_logger().error("the sweep has failed; trying again", error=in_one_line(error))
             await asyncio.sleep(min(self._interval, 1.5 * _SURE) if self._suspects else self._interval)
 
     async def sweep(self) -> int:
