@@ -252,6 +252,16 @@ async def test_who_comes_back_goes_on_where_he_was(coordinator: TaskCoordinator)
     assert types(events) == ["started", *["item"] * 5, "completed"]
 
 
+async def test_who_holds_a_run_follows_that_one_though_the_key_was_started_again(coordinator: TaskCoordinator) -> None:
+    runs = [coordinator.start_task(*KEY, nothing)]
+    for _ in range(2):
+        await runs[-1].wait()
+        runs.append(coordinator.start_task(*KEY, nothing))
+    assert [[event.seq async for event in running.subscribe()] for running in runs] == [[1, 2], [3, 4], [5, 6]]
+    assert [event.seq async for event in runs[1].subscribe(last_event_id=3)] == [4]
+    assert [event.seq async for event in runs[1].subscribe(last_event_id=1)] == [3, 4]
+
+
 async def test_who_has_seen_the_end_is_told_nothing_more(coordinator: TaskCoordinator) -> None:
     end = await coordinator.start_task(*KEY, nothing).wait()
     assert await everything(coordinator, last_event_id=end.seq) == []

@@ -121,8 +121,7 @@ async def test_a_client_that_leaves_is_forgotten_at_once(hub: TaskCoordinator) -
     client = Client(app_for(hub), URL)
     await client.until(lambda client: client.types == ["started"])
     streams = streams_of(hub)
-    history = task._log.current
-    assert history is not None
+    history = task._history
     assert (len(streams), history.followers) == (1, 1)
     tasks = len(asyncio.all_tasks())
     await client.leave()

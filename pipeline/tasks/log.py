@@ -107,6 +107,12 @@ class RunHistory:
         """How many wait for the next event at this moment."""
         return len(self._waiters)
 
+    def place(self, last_event_id: int | None) -> tuple[RunHistory, int]:
+        """Where somebody goes on in this run who has seen this event; at its beginning, if that was none of this run's."""
+        if last_event_id is None or not self.first <= last_event_id <= self.seq:
+            return self, self.first - 1
+        return self, last_event_id
+
     def _keep(self, event: TaskEvent) -> None:
         size = len(json.dumps(event.data, ensure_ascii=False)) + _EVENT
         self.bytes += size
@@ -172,7 +178,7 @@ class TaskLog:
 class HistorySubscription(Subscription):
     """One follower of one run: a position in its history."""
 
-    def __init__(self, log: TaskLog, *, last_event_id: int | None, buffer: int) -> None:
+    def __init__(self, log: TaskLog | RunHistory, *, last_event_id: int | None, buffer: int) -> None:
         check_place(last_event_id, buffer)
         self.dropped = 0
         self._key = log.key

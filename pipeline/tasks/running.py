@@ -45,7 +45,6 @@ class RunningTask:
         """What the work has passed to `save()` last."""
         self._context = TaskContext(key, publish=self._publish, keep=self._keep, payload=payload)
         self._execution = Execution(work, self._context, **options)  # `Any`: they are explained and checked there
-        self._log = log
         self._history: RunHistory = log.begin()
         self._on_end = on_end
         self._created = time.time()
@@ -130,8 +129,8 @@ class RunningTask:
         return self._history.terminal
 
     def subscribe(self, *, last_event_id: int | None = None, buffer: int = 256) -> Subscription:
-        """Its events, see `TaskCoordinator.subscribe`."""
-        return HistorySubscription(self._log, last_event_id=last_event_id, buffer=buffer)
+        """The events of this run, see `TaskCoordinator.subscribe`; also when its key was started again since."""
+        return HistorySubscription(self._history, last_event_id=last_event_id, buffer=buffer)
 
     # --- stopping
 
