@@ -141,6 +141,12 @@ def test_a_path_that_is_too_long_for_a_socket_is_refused_with_its_length(tmp_pat
         EmbeddedServer(tmp_path / ("x" * 90))
 
 
+@pytest.mark.parametrize("name", ["my data", "it's", "$(touch harm)", "a%41", "a=b", "a\nb"])
+def test_a_path_that_means_something_to_a_shell_or_a_uri_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="started through a shell"):
+        EmbeddedServer(tmp_path.root + name)
+
+
 def test_a_directory_that_is_no_cluster_is_an_error_that_names_the_log(folder: Path) -> None:
     (folder / "pg" / "PG_VERSION").unlink()
     with pytest.raises(RuntimeError, match="does not start"):

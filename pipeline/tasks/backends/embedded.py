@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import re
 import time
 import warnings
 from pathlib import Path
@@ -25,6 +26,8 @@ __all__ = ["EmbeddedServer", "default_data_dir"]
 _SOCKET = "/pg/.s.PGSQL.5432.lock"
 _LONGEST = 107 - len(_SOCKET)
 """Bytes that the path of a directory may take: the kernel's limit for sockets."""
+_SAFE = re.compile(r"[\w/.+~-]+")
+"""Paths that mean the same to Python, to the shell of `pg_ctl`, and in a URI."""
 _STOP = 30.0
 """Seconds for the server to stop."""
 
@@ -45,7 +48,8 @@ class EmbeddedServer:
     """The server of a directory, between `start` and `leave`. `dsn` is there in between.
 
     A fresh directory takes about a second, else it is ready in 0.2 s. Raises ImportError without the extra, ValueError for
-    a directory whose path is too long for a socket, RuntimeError when the server does not start.
+    a directory whose path is too long for a socket, or has signs that mean something to a shell, RuntimeError when the
+    server does not start.
     """
 
     def __init__(self, data_dir: str | os.PathLike[str] | None = None) -> None:
@@ -54,6 +58,11 @@ class EmbeddedServer:
         if length > _LONGEST:
             raise ValueError(
                 f"data_dir takes {length} bytes, and {_LONGEST} are the most, for a socket is in it; use a shorter path: {self.data_dir}"
+            )
+        if not _SAFE.fullmatch(str(self.data_dir)):
+            raise ValueError(
+                "the server is started through a shell, and found by a URI: "
+                f"use letters, digits and '/._-+~' in data_dir, not {str(self.data_dir)!r}"
             )
         self._library = _library()
         self._using: int | None = None
