@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 from serving import HOST, app_for, http
+from starlette.middleware.cors import CORSMiddleware
 from tasking import Held
 
 from pipeline.tasks import TaskCoordinator
@@ -136,6 +137,20 @@ async def test_an_allowed_origin_may_cancel(hub: TaskCoordinator) -> None:
         refused = await web.post(CANCEL, headers=fetch("cross-site", origin="https://app.example.org.evil.example"))
     assert answer.json() == {"cancelled": True}
     assert refused.status_code == 403
+
+
+async def test_a_page_of_an_allowed_site_reads_and_cancels_through_cors(hub: TaskCoordinator) -> None:
+    site = "https://app.example.org"
+    app = app_for(hub, token=TOKEN, allowed_origins=[site])
+    app.add_middleware(CORSMiddleware, allow_origins=[site], allow_headers=["Authorization", "Content-Type"])
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    async with http(app) as web:
+        answers = [
+            await web.options(CANCEL, headers=fetch("cross-site", origin=site) | asked),
+            await web.get("/tasks", headers=fetch("cross-site", origin=site)),
+            await web.post(CANCEL, json={}, headers=fetch("cross-site", origin=site) | bearer(TOKEN)),
+        ]
+    assert [(answer.status_code, answer.headers["Access-Control-Allow-Origin"]) for answer in answers] == [(200, site)] * 3
 
 
 # --- hosts

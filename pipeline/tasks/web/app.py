@@ -62,10 +62,11 @@ def create_app(
     """An ASGI application for the tasks of `hub`: a `TaskCoordinator`, a backend, or any `TaskHub`.
 
     With a `token`, cancelling needs it (`Authorization: Bearer …`); to look needs none. Requests of pages of other sites
-    are refused, for your own `routes` too, which come before ours; `allowed_origins` may send some. `allowed_hosts` are the
-    names that it is served under, "*.example.org" for all below one; None, for an application that is mounted, leaves that
-    to the outer one. Events are followed by a comment after `heartbeat` seconds of silence; browsers that lost the
-    connection come back after `retry` seconds.
+    are refused, for your own `routes` too, which come before ours; `allowed_origins` may send some, and read the
+    answers if you add Starlette's `CORSMiddleware` to what this returns. `allowed_hosts` are the names that it is served
+    under, "*.example.org" for all below one; None, for an application that is mounted, leaves that to the outer one.
+    Events are followed by a comment after `heartbeat` seconds of silence; browsers that lost the connection come back after
+    `retry` seconds.
 
     Run by itself, it initializes the hub when it starts and shuts it down when it ends, around your `lifespan`, unless
     `manage` is False. Mounted, nobody runs that: do both yourself. uvicorn ends an application only when its connections
