@@ -142,7 +142,8 @@ async def test_an_allowed_origin_may_cancel(hub: TaskCoordinator) -> None:
 async def test_a_page_of_an_allowed_site_reads_and_cancels_through_cors(hub: TaskCoordinator) -> None:
     site = "https://app.example.org"
     app = app_for(hub, token=TOKEN, allowed_origins=[site])
-    app.add_middleware(CORSMiddleware, allow_origins=[site], allow_headers=["Authorization", "Content-Type"])
+    allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["Authorization", "Content-Type"]}
+    app.add_middleware(CORSMiddleware, allow_origins=[site], **allowed)
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
     async with http(app) as web:
         answers = [
