@@ -34,7 +34,7 @@ TELLING = {
     "12_testing.py": r"a run of 101 seconds(.|\n)*every step; (.|\n)*the database is still locked\nto see that run again: replay\(make, 'cancel', \d+, seed=0\)",
     "13_scheduler.py": r"with_a_pool.*too much(.|\n)*needs 1 cpu, 0 free, held by (.|\n)*at most cpu 2 of 2, memory_mb 9 of 10, disk_mb (8|12) of 12\n",
     "14_http_task.py": r"task 1 was completed after 5 (.|\n)*Ann: task 2 was cancelled after \d+ progress events: {'message': 'Ann has pressed the button'(.|\n)*the client has left after \d+ of 100000 pieces",
-    "15_service.py": r"their worker is killed with SIGKILL\n(.|\n)*has died; another one goes on\nattempt 2: \d\d of (\d+) files are in the index\ncompleted\nin the index: {'files': \2, (.|\n)*cancelled: it was the wrong folder\neverything has stopped",
+    "15_service.py": r"their worker is killed with SIGKILL\n(.|\n)*has died; another one goes on\nattempt 2: \d+ of (\d+) files are in the index\ncompleted\nin the index: {'files': \2, (.|\n)*cancelled: it was the wrong folder\neverything has stopped",
     "16_django.py": r'Django says: <a href="/jobs/">(.|\n)*progress: some delivered\n(progress.*\n)*cancelled: that was enough\na page of another site gets 403',
 }
 ARGUMENTS = {"15_service.py": ["--demo"]}

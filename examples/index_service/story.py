@@ -24,7 +24,7 @@ async def play(service: Service) -> None:
     async with httpx.AsyncClient(base_url=service.url, timeout=30) as client:
         archive, count = packed("json", "email", "logging")
         print(f"uploading {count} files")
-        job = (await client.post("/uploads?pause=0.05", content=archive)).raise_for_status().json()
+        job = (await client.post("/uploads?pause=0.15", content=archive)).raise_for_status().json()
         await watch_and_kill(client, job["task"])
         print("in the index:", (await client.get(job["index"])).json(), f"of {count} files\n")
 
