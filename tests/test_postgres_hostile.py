@@ -21,7 +21,7 @@ from procrastinate.exceptions import ConnectorException
 
 from pipeline import CancelReason, Pipeline
 from pipeline.tasks import EventType, PostgresTaskBackend
-from pipeline.tasks.backends.postgres import sweeper
+from pipeline.tasks.backends.postgres import mirrors, sweeper
 from pipeline.tasks.backends.postgres.database import in_one_line
 from pipeline.tasks.backends.postgres.store import Claim, Store
 
@@ -327,3 +327,14 @@ async def test_a_notification_of_somebody_elses_does_no_harm(dsn: str) -> None:
         assert await backend.cancel_task(*waiting, "still heard")
         assert (await follow(backend, waiting))[-1].type == "cancelled"
         assert {"penstock listener", "penstock sweeper"} <= {task.get_name() for task in asyncio.all_tasks()}
+
+
+async def test_who_watches_a_task_that_is_deleted_is_not_left_waiting(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirrors, "_LOOK", 0.05)
+    async with worker_on(dsn, heartbeat=0.6) as backend, backend_on(dsn) as other:
+        key = await backend.submit({"type": "wait"})
+        async with asyncio.timeout(20), other.subscribe(*key) as events:
+            assert [(await anext(events)).type for _ in range(2)] == ["started", "progress"]
+            sql(dsn, "delete from penstock_tasks")
+            assert [event async for event in events] == []
+        await eventually(lambda: sql(dsn, "select status from procrastinate_jobs where task_name = 'penstock'") == ["aborted"])

@@ -90,6 +90,8 @@ class Attempt:
                 look.cancel()
             if self._journal is not None:
                 await self._journal.close()
+        if outcome == "superseded":
+            await self._store.dismiss(claim.job)  # by its successor, or by nobody if the task was deleted
         if outcome != EventType.COMPLETED:
             log.info("task left", outcome=outcome)
 

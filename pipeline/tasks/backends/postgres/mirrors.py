@@ -7,6 +7,7 @@ process. A task that ten thousand watch is read once, and one that nobody watche
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from weakref import WeakSet
 
 from ....observe.logs import get_logger
@@ -59,19 +60,24 @@ class Mirrors:
         self._news.set()
 
     async def run(self) -> None:
-        backoff = Backoff()
+        backoff, loop = Backoff(), asyncio.get_running_loop()
+        next_look = loop.time() + _LOOK
         while True:
             pass_cancellation()
-            try:
-                async with asyncio.timeout(_LOOK):
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(next_look):
                     await self._news.wait()
-            except TimeoutError:
+            looking = loop.time() >= next_look
+            if looking:
                 self.look()
+                next_look = loop.time() + _LOOK
             self._news.clear()
             dirty, self._dirty = self._dirty, set()
             try:
                 async with self._reading:
                     await self._read([self._mirrors[task] for task in dirty if task in self._mirrors])
+                    if looking:
+                        await self._end_forgotten()
                 backoff = Backoff()
             except Exception as error:  # all who watch wait for this task, so it goes on whatever it was
                 if not is_away(error):
@@ -110,6 +116,14 @@ class Mirrors:
             mirror.users.discard(subscription)
             if not mirror.users and self._mirrors.get(mirror.task) is mirror:
                 del self._mirrors[mirror.task]
+
+    async def _end_forgotten(self) -> None:
+        """End the subscriptions to tasks that were deleted: nobody will tell how these have ended."""
+        there = await self._store.existing(list(self._mirrors))
+        for task, mirror in list(self._mirrors.items()):
+            if task not in there and (mirror.current is None or mirror.current.terminal is None):
+                for subscription in list(mirror.users):
+                    await subscription.aclose()
 
     async def _read(self, mirrors: list[_Mirror]) -> None:
         waiting = {mirror.task: mirror for mirror in mirrors}

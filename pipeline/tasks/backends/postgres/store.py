@@ -279,6 +279,11 @@ class Store:
         query = "select id, run, first_seq from penstock_tasks where app = %s and name = %s and key = %s"
         return await self.persist(lambda: self._database.row(query, tuple(key)))
 
+    async def existing(self, tasks: Sequence[int]) -> set[int]:
+        """Which of these there are."""
+        rows = await self._database.rows("select id from penstock_tasks where id = any(%s::bigint[])", (list(tasks),))
+        return {row["id"] for row in rows}
+
     async def persist(self, act: Callable[[], Awaitable[T]]) -> T:
         """See `Database.persist`."""
         return await self._database.persist(act)
