@@ -90,7 +90,7 @@ class Run:
     def could_not_start(self, error: BaseException) -> None:
         """Conclude a run of which nothing but triggers has been started."""
         self._disarm()
-        self.runtime.ended = monotonic()
+        self.runtime.conclude()
         self.runtime.closed.set_result(Err.of(error))
 
     async def watch(self) -> RunReport | Err:
@@ -143,10 +143,8 @@ class Run:
                 self._heard.add(index)
 
     def _signalled(self, index: int, reason: CancelReason) -> bool:
-        if self.runtime.ended is not None:
-            return False
         self._triggered(index, reason)
-        return True
+        return any(known is reason for known in self.runtime.reasons)
 
     def _arm(self) -> None:
         for index, trigger in enumerate(self._triggers):
@@ -202,7 +200,7 @@ class Run:
         for finish in runtime.at_end:
             finish()
         self.sink.hand_over()
-        runtime.ended = monotonic()
+        runtime.conclude()
         runtime.final_ledger = ledger = assembly.ledger(runtime.elapsed)
         report = self._story.report = self._report(ledger)
         if not report.balanced:

@@ -5,7 +5,8 @@ The rules kept here:
 - Nothing in the library starts a task, a thread or a process except through this object's registers, and a run is closed
   when those are empty.
 - A stop is a request appended to a list, which is atomic in any thread and in a signal handler. State, reason and
-  outcome are read off that list; nothing is ever set back.
+  outcome are read off that list; nothing is ever set back. The end is an entry of that list as well: what comes before it
+  is told, what comes after it is answered with False, and nothing falls in between.
 """
 
 from __future__ import annotations
@@ -64,6 +65,10 @@ class StopRequest:
     cut: int | None = None
 
 
+_OVER = StopRequest(CancelReason("the run is over", CancelType.PIPELINE), StopLevel.NONE)
+"""Stands among the requests where the run ended."""
+
+
 class BurstUnderWay(Protocol):
     """Items being handled as one, and booked when that is over."""
 
@@ -111,22 +116,23 @@ class PipelineRuntime(Registers):
     @property
     def requests(self) -> tuple[StopRequest, ...]:
         """Every request to stop, in order."""
-        return tuple(self._requests)
+        requests = tuple(self._requests)
+        return requests[: requests.index(_OVER)] if _OVER in requests else requests
 
     @property
     def reasons(self) -> tuple[CancelReason, ...]:
         """Every reason to stop, in order; the first is primary."""
-        return tuple(request.reason for request in self._requests)
+        return tuple(request.reason for request in self.requests)
 
     @property
     def reason(self) -> str | None:
         """The first reason as text, or None while nothing asks to stop."""
-        return self._requests[0].reason.message if self._requests else None
+        return next((request.reason.message for request in self.requests), None)
 
     @property
     def level(self) -> StopLevel:
         """How hard the run is being stopped."""
-        return max([self._floor, *(request.level for request in self._requests)])
+        return max([self._floor, *(request.level for request in self.requests)])
 
     @property
     def state(self) -> PipelineState:
@@ -155,9 +161,12 @@ class PipelineRuntime(Registers):
             return False
         requests = self._requests
         requests.append(request)
+        earlier = requests[: requests.index(request)]
+        if _OVER in earlier:  # it has just ended, in another thread
+            return False
         if request.level >= StopLevel.ABORT:
             self._cancelled = True
-        before = max((r.level for r in requests[: requests.index(request)]), default=StopLevel.NONE)
+        before = max((known.level for known in earlier), default=StopLevel.NONE)
         self._notify()
         return may_move(_STATE[max(before, self._floor)], _STATE[request.level])
 
@@ -187,6 +196,11 @@ class PipelineRuntime(Registers):
         watch = getattr(loop, "watch_real_work", None)  # a loop with a clock of its own, see `testing.clock`
         if watch is not None:
             watch(self)
+
+    def conclude(self) -> None:
+        """The run is over: what asks to stop from here on comes too late."""
+        self.ended = monotonic()
+        self._requests.append(_OVER)
 
     @property
     def outside(self) -> bool:

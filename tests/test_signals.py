@@ -18,7 +18,7 @@ import pytest
 import uvloop
 from helpers import LIMIT, Heard, assert_balanced, eventually, turns, until
 
-from pipeline import Pipeline, PipelineCancelled, assembly, bridge, host, iteration, run, runtime, shutdown
+from pipeline import Grace, Pipeline, PipelineCancelled, assembly, bridge, host, iteration, run, runtime, shutdown
 from pipeline import pipeline as definition
 from pipeline.cancellation import CancelReason, CancelType, SignalTrigger, TriggerHandle, signals
 from stages import stage
@@ -414,6 +414,44 @@ def test_a_signal_at_any_line_of_a_run_stops_it_or_goes_to_the_program(counted: 
         assert told(pipeline) + len(counted) == 1, nth
         assert signals._SignalHub._hubs == {}
     assert nth > 300
+
+
+def test_a_run_that_ends_in_another_thread_at_any_line_of_a_request_to_stop_tells_it_or_refuses_it() -> None:
+    answers: list[bool] = []
+    for nth in count(1):
+        ending = runtime.PipelineRuntime("run", Grace())
+        request = runtime.StopRequest(CancelReason("late", CancelType.MANUAL), runtime.StopLevel.ABORT)
+        with AtLine(nth, ending.conclude, runtime) as at_line:
+            answers.append(ending.request_stop(request))
+        if not at_line.reached:
+            break
+        assert answers[-1] is (request in ending.requests) is (request.reason in ending.reasons) is (ending.reason == "late")
+        assert ending.cancelled is answers[-1]
+    assert answers[0] is False
+    assert answers[-1] is True
+    assert answers == sorted(answers)
+
+
+@pytest.mark.parametrize("drain", [False, True])
+def test_a_cancel_from_another_thread_at_any_line_of_a_run_is_told_or_refused(drain: bool) -> None:
+    answers: list[bool] = []
+
+    async def main(pipeline: Pipeline[int], nth: int) -> bool:
+        def cancel() -> None:
+            thread = threading.Thread(target=lambda: answers.append(bool(pipeline.cancel("late", drain=drain))))
+            thread.start()
+            thread.join()
+
+        with AtLine(nth, cancel, run, runtime) as at_line:
+            await asyncio.wait_for(pipeline.run(), LIMIT)
+        return at_line.reached
+
+    for nth in count(1, STRIDE):
+        pipeline = Pipeline([1, 2]) >> stage(concurrency=2)(pass_on)
+        if not asyncio.run(main(pipeline, nth)):
+            break
+        assert told(pipeline) == answers[-1], nth
+    assert set(answers) == {True, False}
 
 
 def test_a_signal_at_any_line_of_an_iteration_stops_it_or_goes_to_the_program(counted: list[int]) -> None:
