@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .assembly import Assembly, Link, Sink
 from .cancellation.current import Stopped, get_current_reasons, pop_reasons, push_reasons, tell_who_stopped
-from .cancellation.reason import CancelReason, CancelType
+from .cancellation.reason import CancelReason, CancelType, check_reason
 from .cancellation.signals import SignalTrigger
 from .metrics import Ledger, violations
 from .observe.logs import get_logger
@@ -168,6 +168,7 @@ class Run:
 
     def _triggered(self, index: int, reason: CancelReason) -> None:
         """Each arrival asks for one step more: abort (or drain first, if the trigger says so), then kill."""
+        check_reason(reason)
         first = StopLevel.DRAIN if getattr(self._triggers[index], "drain", False) else StopLevel.ABORT
         level = StopLevel(min(first + self._arrivals[index], StopLevel.KILL))
         self._arrivals[index] += 1

@@ -590,14 +590,14 @@ class TestStoppedAtAnyMoment:
                 user.cancel()
             elif how != "leave":
                 pipeline.cancel("enough", drain=how == "drain", force=how == "force")
-            done, _ = await asyncio.wait((user,), timeout=20)
+            done, _ = await asyncio.wait((user,), timeout=LIMIT)
             assert done, "it hangs"
             if not user.cancelled():
                 user.exception()
             # An iteration that is left by `return` is closed by the garbage collector, in a task of the loop's own.
             rest = asyncio.all_tasks() - {asyncio.current_task()}
             if rest:
-                _, late = await asyncio.wait(rest, timeout=20)
+                _, late = await asyncio.wait(rest, timeout=LIMIT)
                 assert not late, "it is not closed"
 
         asyncio.run(main())

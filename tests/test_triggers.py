@@ -13,15 +13,18 @@ from typing import Any
 import pytest
 from helpers import Heard, turns
 
+from pipeline import Pipeline, RunReport
 from pipeline.cancellation import (
     CancelReason,
     CancelType,
     EventTrigger,
+    Fence,
     SignalTrigger,
     TimeoutTrigger,
     Trigger,
     TriggerHandle,
 )
+from stages import tap
 
 USR1 = signal.SIGUSR1
 
@@ -281,3 +284,43 @@ def test_a_threading_event_is_a_type_error_that_says_what_to_do() -> None:
 def test_a_reason_that_nobody_could_read_is_a_type_error_where_it_is_made(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(TypeError, match=said):
         CancelReason(**({"message": "why"} | wrong))
+
+
+class Talks(Trigger):
+    """A trigger that gives no reason, but a text."""
+
+    def __init__(self, *, at_once: bool) -> None:
+        self.at_once = at_once
+        self.callback: Callable[[Any], None] | None = None
+
+    def check(self) -> Any:
+        return "a text" if self.at_once else None
+
+    def arm(self, callback: Callable[[CancelReason], None], /) -> TriggerHandle:
+        self.callback = callback
+        return TriggerHandle(lambda: None)
+
+
+async def test_a_trigger_that_gives_no_reason_is_told_so_before_anything_begins() -> None:
+    with pytest.raises(TypeError, match="a reason to stop is a CancelReason, not 'a text'"), Fence(Talks(at_once=True)):
+        pytest.fail("the block has begun")
+    taken: list[int] = []
+    with pytest.raises(TypeError, match="a reason to stop is a CancelReason, not 'a text'"):
+        await (Pipeline([1], cancel_on=[Talks(at_once=True)]) >> tap(taken.append)).run()
+    assert taken == []
+
+
+async def test_a_trigger_that_gives_no_reason_later_is_told_so_and_stops_nothing() -> None:
+    talks = Talks(at_once=False)
+
+    def talk(_item: object) -> None:
+        assert talks.callback is not None
+        with pytest.raises(TypeError, match="a reason to stop is a CancelReason, not 'later'"):
+            talks.callback("later")
+
+    with Fence(talks) as fence:
+        talk(1)
+    assert fence.reasons == ()
+    report = await (Pipeline([1], cancel_on=[talks]) >> tap(talk)).run()
+    assert isinstance(report, RunReport)
+    assert report.reasons == ()

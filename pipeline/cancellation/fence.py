@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from .current import Stopped, pop_reasons, push_reasons, tell_who_stopped
 from .ending import Ending
-from .reason import CancelReason, CancelType
+from .reason import CancelReason, CancelType, check_reason
 from .triggers import Trigger
 
 __all__ = ["Fence"]
@@ -133,6 +133,7 @@ class Fence:
     def _look_or_arm(self, index: int, trigger: Trigger, opening: ExitStack) -> None:
         reason = trigger.check()
         if reason is not None:
+            check_reason(reason)
             self._reasons.append(reason)  # and go on: the others are to be heard all the same
             return
         self._silent[index] = trigger
@@ -141,6 +142,7 @@ class Fence:
     def _heard(self, index: int, reason: CancelReason) -> None:
         # No lock, here or in `cancel()`, which must be safe in a signal handler: appending is atomic, and once the
         # fence is sealed nobody looks at this list again, so what comes late from another thread changes nothing.
+        check_reason(reason)
         self._silent.pop(index, None)
         self._reasons.append(reason)
         if _is_between_tasks(self._loop):
@@ -172,6 +174,7 @@ class Fence:
         for trigger in tuple(self._silent.values()):
             reason = trigger.check()
             if reason is not None:
+                check_reason(reason)
                 self._reasons.append(reason)
 
     def _seal(self) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, cast
 
-__all__ = ["CancelReason", "CancelType"]
+__all__ = ["CancelReason", "CancelType", "check_reason"]
 
 
 class CancelType(Enum):
@@ -85,6 +85,12 @@ class CancelReason:
             first, *rest = cause.lines()
             yield f"  because: {first}"
             yield from (f"  {line}" for line in rest)
+
+
+def check_reason(reason: object) -> None:
+    """Raises TypeError for what is no `CancelReason`: a trigger of somebody's own may give anything."""
+    if not isinstance(reason, CancelReason):
+        raise TypeError(f"a reason to stop is a CancelReason, not {reason!r}")
 
 
 def _check_text(name: str, value: object) -> None:

@@ -17,7 +17,7 @@ from time import time
 from typing import Any, cast
 
 from ..cancellation.fence import Fence
-from ..cancellation.reason import CancelReason, CancelType
+from ..cancellation.reason import CancelReason, CancelType, check_reason
 from ..cancellation.signals import running_loop
 from ..cancellation.triggers import TimeoutTrigger, Trigger, TriggerHandle
 from ..errors import PipelineStopped
@@ -334,11 +334,6 @@ def _cancelling() -> int:
     task = asyncio.current_task()
     return 0 if task is None else task.cancelling()
 
-
-def check_reason(reason: object) -> None:
-    """Raises TypeError for what is no `CancelReason`."""
-    if not isinstance(reason, CancelReason):
-        raise TypeError(f"a reason to stop is a CancelReason, not {reason!r}")
 
 
 def check_interval(seconds: object) -> None:
