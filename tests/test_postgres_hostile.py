@@ -16,13 +16,13 @@ from typing import Any
 import psycopg
 import pytest
 from databases import backend_on, dsn, execute, first, follow, server, sql, worker_on
-from helpers import eventually
+from helpers import LIMIT, eventually
 from procrastinate.exceptions import ConnectorException
 
 from pipeline import CancelReason, Pipeline
 from pipeline.tasks import EventType, PostgresTaskBackend
-from pipeline.tasks.backends.postgres import mirrors, sweeper
-from pipeline.tasks.backends.postgres.database import in_one_line
+from pipeline.tasks.backends.postgres import database, mirrors, sweeper
+from pipeline.tasks.backends.postgres.database import AWAY, in_one_line
 from pipeline.tasks.backends.postgres.store import Claim, Store
 
 __all__ = ["dsn", "server"]
@@ -338,3 +338,23 @@ async def test_who_watches_a_task_that_is_deleted_is_not_left_waiting(dsn: str, 
             sql(dsn, "delete from penstock_tasks")
             assert [event async for event in events] == []
         await eventually(lambda: sql(dsn, "select status from procrastinate_jobs where task_name = 'penstock'") == ["aborted"])
+
+
+async def test_a_process_that_freezes_in_a_transaction_holds_nobody_up(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "_STALLED", 0.2)
+    async with backend_on(dsn, sweep_interval=3600) as backend:
+        sweeping = await only_sweeper(backend)
+        opened = backend._open
+        assert opened is not None
+        await backend.submit({"type": "wait"})
+        sql(dsn, "update penstock_tasks set state = 'running', presence = 1, beat = now() - interval '1 hour'")
+        with pytest.raises(AWAY):
+            async with opened.database.transaction() as frozen:
+                await frozen.execute("select pg_advisory_xact_lock(%s)", (sweeper._LOCK,))
+                assert await sweeping.sweep() == 0
+                async with asyncio.timeout(LIMIT):
+                    while await sweeping.sweep() == 0:
+                        await asyncio.sleep(0.01)
+                await frozen.execute("select 1")
+        assert sql(dsn, "select state, attempt from penstock_tasks") == [("queued", 2)]
+        assert await opened.store.persist(lambda: opened.database.row("select 1 as one")) == {"one": 1}

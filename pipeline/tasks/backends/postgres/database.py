@@ -30,7 +30,11 @@ _IDLE = 0.5
 Connection: TypeAlias = psycopg.AsyncConnection[Any]
 """`Any`: its rows are dicts."""
 
-AWAY = (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError)
+_STALLED = 5.0
+"""Seconds between two statements of a transaction after which the server ends it: its process is frozen, and others wait for
+what it has locked, the sweepers first of all."""
+
+AWAY = (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError, psycopg.errors.IdleInTransactionSessionTimeout)
 """What is raised while the server cannot be reached, is starting, or has ended a connection."""
 
 
@@ -213,7 +217,9 @@ async def _configure(connection: Connection) -> None:
     """What is relied on here, whatever a role or a database has for its defaults."""
     await connection.set_autocommit(True)
     await connection.execute(
-        "select set_config('default_transaction_isolation', 'read committed', false), set_config('datestyle', 'ISO', false)"
+        """select set_config('default_transaction_isolation', 'read committed', false), set_config('datestyle', 'ISO', false),
+             set_config('idle_in_transaction_session_timeout', %s, false)""",
+        (f"{_STALLED * 1e3:.0f}ms",),
     )
 
 
