@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import gc
+import logging
 import os
 import shutil
 import signal
@@ -27,6 +29,15 @@ from pipeline.tasks import PostgresTaskBackend, TaskEvent, TaskKey, current_task
 from pipeline.tasks.backends.embedded import EmbeddedServer
 
 _numbers = count(1)
+
+
+def _in_words(record: logging.LogRecord) -> bool:
+    """A record is kept until its test is over, and with it would be the connection that it tells of."""
+    record.msg, record.args = record.getMessage(), None
+    return True
+
+
+logging.getLogger("psycopg.pool").addFilter(_in_words)
 
 
 class _Server:
@@ -93,6 +104,7 @@ def dsn(server: _Server) -> Iterator[str]:
     with psycopg.connect(server.dsn, autocommit=True) as connection:
         connection.execute(f"create database {name} template template strategy file_copy")
     yield server.database_dsn(name)
+    gc.collect()  # psycopg leaves it the sockets of connections that have failed
     with psycopg.connect(server.dsn, autocommit=True) as connection:
         connection.execute(f"drop database {name} with (force)")
 
@@ -123,7 +135,7 @@ async def execute(task: dict[str, Any]) -> Any:
         journal = Journal(Path(task["journal"])) if "journal" in task else None
         try:
             await context.progress(message="waiting")
-            await asyncio.sleep(60)
+            await asyncio.sleep(600)
         except asyncio.CancelledError:
             if journal is not None:
                 journal.write(" ".join(str(reason.code) for reason in context.reasons))
@@ -132,7 +144,7 @@ async def execute(task: dict[str, Any]) -> Any:
         await context.progress(message="deaf")
         while True:
             with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.sleep(60)
+                await asyncio.sleep(600)
     if kind == "fail":
         raise LookupError("nothing there")
     return task.get("value")

@@ -358,3 +358,21 @@ async def test_a_process_that_freezes_in_a_transaction_holds_nobody_up(dsn: str,
                 await frozen.execute("select 1")
         assert sql(dsn, "select state, attempt from penstock_tasks") == [("queued", 2)]
         assert await opened.store.persist(lambda: opened.database.row("select 1 as one")) == {"one": 1}
+
+
+async def test_a_worker_that_is_stopped_twice_does_not_wait_for_a_database_that_is_away(
+    dsn: str, server: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("CRITICAL", "procrastinate")  # what is logged is kept, and with its traceback a connection
+    (name,) = sql(dsn, "select current_database()")
+    backend = PostgresTaskBackend(dsn, connect_timeout=2.0, cleanup=1.0, heartbeat=3600)
+    backend.set_executor(execute)
+    async with backend:
+        working = asyncio.create_task(backend.work(grace=600.0))
+        await first(backend, await backend.submit({"type": "wait"}), "progress")
+        sql(server.dsn, f"alter database {name} allow_connections false")
+        sql(server.dsn, f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{name}'")
+        backend.stop()
+        backend.stop()
+        await asyncio.wait_for(working, LIMIT)
+        sql(server.dsn, f"alter database {name} allow_connections true")

@@ -22,6 +22,9 @@ from .store import Store
 
 __all__ = ["Worker"]
 
+_NOW = 1.0
+"""Seconds that a database that is away has to come back when a worker is to stop at once."""
+
 
 class Worker:
     """One worker of this process. `run()` it once; `stop()` it at any time, twice for at once."""
@@ -49,6 +52,7 @@ class Worker:
         """Take nothing more; finish what runs within the grace, and give back the rest. Again: give back all at once."""
         if self._stopping.is_set():
             self._now.set()
+            self._database.hurry(_NOW)
             for attempt in self._attempts:
                 attempt.give_back()
         self._stopping.set()
@@ -130,19 +134,20 @@ class Worker:
             try:
                 await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
                 if not serving.done():
-                    self._database.hurry(grace + self._options.cleanup + 5.0)
+                    self._database.hurry(_NOW if self._now.is_set() else grace + self._options.cleanup + 5.0)
                     serving.cancel()
                     await asyncio.wait([serving])
             except asyncio.CancelledError as error:
                 cancelled = error
                 self.stop()
         stopping.cancel()
-        if not serving.cancelled() and not self._stopping.is_set():
-            error = serving.exception()
-            get_logger().error(
-                "procrastinate's worker has ended; starting it again", error=None if error is None else in_one_line(error)
-            )
+        error = None if serving.cancelled() else serving.exception()
+        told = None if error is None else in_one_line(error)
+        if not self._stopping.is_set():
+            get_logger().error("procrastinate's worker has ended; starting it again", error=told)
             await asyncio.sleep(1.0)
+        elif told is not None:
+            get_logger().warning("procrastinate's worker could not end in good order", error=told)
         return cancelled
 
     async def _beat(self) -> None:
