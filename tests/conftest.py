@@ -14,6 +14,7 @@ a thread that waits for the fixture `release` ends when the test does.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -30,7 +31,7 @@ from pipeline.testing.census import Census
 from stages import stage
 
 _KINDS = ("task", "thread", "complaint")
-_SETTLE = 1.0
+_SETTLE = 5.0
 """Seconds for what is on its last line: a thread that has said goodbye, a zombie that the fork server still reaps."""
 _ABANDONED = 10.0
 """Seconds for what a test has abandoned, and ended."""
@@ -43,6 +44,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         'abandons(*kinds): the test leaves a "thread" or "task" behind on purpose, and ends it itself; or a "complaint" of a loop',
     )
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
