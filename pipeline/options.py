@@ -27,6 +27,8 @@ class PipelineOptions:
     tally_len: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise StageConfigError(f"name must be a text, not {self.name!r}")
         if not isinstance(self.on_error, ErrorPolicy):
             raise StageConfigError(f"on_error must be an ErrorPolicy (DROP, EMIT, RAISE or SIDE), not {self.on_error!r}")
         if not isinstance(self.grace, Grace):

@@ -76,7 +76,7 @@ class Desk:
         """A handler has asked to cancel the pipeline."""
         self.counters.succeeded += 1
         self.counters.skipped += 1
-        reason = CancelReason(switch.reason, CancelType.MANUAL, code="kill_switch", origin=self.name)
+        reason = CancelReason(str(switch.reason), CancelType.MANUAL, code="kill_switch", origin=self.name)
         self.stopped = True
         self.inlet.abort()
         self._runtime.request_stop(StopRequest(reason, StopLevel.ABORT))

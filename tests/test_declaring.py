@@ -230,6 +230,10 @@ class TestSources:
         with pytest.raises(TypeError, match=">>"):
             Pipeline(plus(1))
 
+    def test_a_name_that_is_no_text_is_refused_at_once(self) -> None:
+        with pytest.raises(StageConfigError, match="name must be a text, not 5"):
+            Pipeline([1], name=5)  # type: ignore[arg-type]
+
     async def test_a_sequence_by_getitem_alone_is_a_source_or_refused_at_once(self) -> None:
         try:
             pipeline: Pipeline[Any] = Pipeline(_Old())  # type: ignore[arg-type]

@@ -936,6 +936,15 @@ async def test_the_first_of_two_raises_is_the_result() -> None:
     assert report.reasons[0].cancel_type is CancelType.ERROR
 
 
+@pytest.mark.parametrize("run_in", ["loop", "thread"])
+async def test_a_kill_switch_says_in_words_what_its_reason_is(run_in: Any) -> None:
+    def handler(item: int) -> Any:
+        return KillSwitch(ValueError("too hot"))  # type: ignore[arg-type]
+
+    report = stopped(await (Pipeline([1]) >> stage(run_in=run_in)(handler)).run())
+    assert [reason.message for reason in report.reasons] == ["too hot"]
+
+
 @pytest.mark.parametrize("run_in", ["loop", "thread", "process"])
 async def test_a_kill_switch_cancels_the_run_with_its_reason(run_in: str) -> None:
     @stage(run_in=run_in)

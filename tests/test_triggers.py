@@ -17,8 +17,11 @@ from pipeline import Pipeline, RunReport
 from pipeline.cancellation import (
     CancelReason,
     CancelType,
+    DeadlineTrigger,
+    EndTrigger,
     EventTrigger,
     Fence,
+    MemoryTrigger,
     SignalTrigger,
     TimeoutTrigger,
     Trigger,
@@ -324,3 +327,21 @@ async def test_a_trigger_that_gives_no_reason_later_is_told_so_and_stops_nothing
     report = await (Pipeline([1], cancel_on=[talks]) >> tap(talk)).run()
     assert isinstance(report, RunReport)
     assert report.reasons == ()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: TimeoutTrigger(1, code=5),  # type: ignore[arg-type]
+        lambda: DeadlineTrigger(1.0, code=5),  # type: ignore[arg-type]
+        lambda: EventTrigger(asyncio.Event(), code=5),  # type: ignore[arg-type]
+        lambda: SignalTrigger(USR1, code=5),  # type: ignore[arg-type]
+        lambda: MemoryTrigger(2**40, code=5),  # type: ignore[arg-type]
+        lambda: EndTrigger(Fence(), code=5),  # type: ignore[arg-type]
+        lambda: CancelReason("x", CancelType.MANUAL, 5),  # type: ignore[arg-type]
+    ],
+    ids=["timeout", "deadline", "event", "signal", "memory", "end", "reason"],
+)
+def test_a_code_that_is_no_text_is_refused_when_the_trigger_is_made(make: Callable[[], object]) -> None:
+    with pytest.raises(TypeError, match="the code of .* is a text, not 5"):
+        make()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, runtime_checkable
 
-from .reason import CancelReason
+from .reason import CancelReason, check_code
 from .triggers import Trigger, TriggerHandle
 
 __all__ = ["EndTrigger", "Ending", "HasEnding"]
@@ -66,6 +66,7 @@ class EndTrigger(Trigger):
     def __post_init__(self) -> None:
         if isinstance(self.watched, type) or not isinstance(self.watched, HasEnding):
             raise TypeError(f"EndTrigger watches a Fence or a Pipeline, got {self.watched!r}")
+        check_code(self.code, f"the trigger {type(self).__name__}")
 
     def check(self) -> CancelReason | None:
         reason = self.watched.ending.reason

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from .reason import CancelReason, CancelType
+from .reason import CancelReason, CancelType, check_code
 from .triggers import Trigger, TriggerHandle
 
 __all__ = ["MemoryTrigger"]
@@ -42,6 +42,7 @@ class MemoryTrigger(Trigger):
             raise ValueError(f"MemoryTrigger needs a limit in bytes, got {self.limit!r}; 512 MiB is 512 * 2**20")
         if not self.interval > 0:
             raise ValueError(f"MemoryTrigger needs an interval above 0 seconds, got {self.interval!r}")
+        check_code(self.code, "a MemoryTrigger")
         _psutil()
 
     def check(self) -> CancelReason | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, cast
 
-__all__ = ["CancelReason", "CancelType", "check_reason"]
+__all__ = ["CancelReason", "CancelType", "check_code", "check_reason"]
 
 
 class CancelType(Enum):
@@ -52,9 +52,9 @@ class CancelReason:
     def __post_init__(self) -> None:
         _check_text("message", self.message)
         _check_type(self.cancel_type)
-        for name, value in (("code", self.code), ("origin", self.origin)):
-            if value is not None:
-                _check_text(name, value)
+        check_code(self.code, "a CancelReason")
+        if self.origin is not None:
+            _check_text("origin", self.origin)
         _check_causes(self.causes)
 
     def __str__(self) -> str:
@@ -85,6 +85,12 @@ class CancelReason:
             first, *rest = cause.lines()
             yield f"  because: {first}"
             yield from (f"  {line}" for line in rest)
+
+
+def check_code(code: object, of: str) -> None:
+    """Raises TypeError for what is neither a text nor None: when a trigger is made, for when it fires it is too late."""
+    if code is not None and not isinstance(code, str):
+        raise TypeError(f"the code of {of} is a text, not {code!r}")
 
 
 def check_reason(reason: object) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import count
 from typing import Any, ClassVar
 
-from .reason import CancelReason, CancelType
+from .reason import CancelReason, CancelType, check_code
 from .triggers import Trigger, TriggerHandle
 
 __all__ = ["SignalTrigger", "running_loop", "signal_name"]
@@ -37,6 +37,7 @@ class SignalTrigger(Trigger):
             raise ValueError("SignalTrigger needs at least one signal, for example SignalTrigger(signal.SIGTERM)")
         for signum in signals:
             _check_signal(signum)
+        check_code(code, "a SignalTrigger")
         self.signals = tuple(dict.fromkeys(signals))
         self.code = code
         self.drain = drain

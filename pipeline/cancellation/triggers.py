@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Protocol, runtime_checkable
 
-from .reason import CancelReason, CancelType
+from .reason import CancelReason, CancelType, check_code
 
 __all__ = ["DeadlineTrigger", "EventTrigger", "TimeoutTrigger", "Trigger", "TriggerHandle"]
 
@@ -81,6 +81,7 @@ class TimeoutTrigger(Trigger):
 
     def __post_init__(self) -> None:
         _check_delay(self.delay)
+        check_code(self.code, "a TimeoutTrigger")
 
     def check(self) -> CancelReason | None:
         return self._reason() if self.delay <= 0 else None
@@ -112,6 +113,7 @@ class DeadlineTrigger(Trigger):
 
     def __post_init__(self) -> None:
         _check_deadline(self.when)
+        check_code(self.code, "a DeadlineTrigger")
 
     def check(self) -> CancelReason | None:
         return self._reason() if self.left() <= 0 else None
@@ -143,6 +145,7 @@ class EventTrigger(Trigger):
 
     def __post_init__(self) -> None:
         _check_event(self.event)
+        check_code(self.code, "an EventTrigger")
 
     def check(self) -> CancelReason | None:
         return self._reason() if self.event.is_set() else None
