@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 import stages as operators
 from pipeline import Err, ErrorPolicy, Grace, Pipeline, PipelineCancelled, PipelineFailed, RunReport, is_err
+from pipeline.runtime import StopLevel
 from stages import SKIP, KillSwitch, Retry, stage
 
 _SCALE = float(os.environ.get("PENSTOCK_EXAMPLES", "0.5"))
@@ -647,7 +648,9 @@ def check_end(pipeline: Pipeline[Any], act: Act, source: Source, ending: Ending)
     if report is not None:
         assert broken_laws(report, closed=True) == []
         assert report.balanced
-        assert report.abandoned == ()
+        # Who is stopped by force waits for threads for 0.1 s only: on a busy machine some take longer.
+        forced = any(request.level is StopLevel.KILL for request in pipeline.runtime.requests)
+        assert forced or report.abandoned == ()
         assert (report.pulled, report.delivered, report.stages) == (snapshot.pulled, snapshot.delivered, snapshot.stages)
         assert report.processed == sum(row.processed for row in report.stages)
         assert report.failed == sum(row.failed for row in report.stages)
