@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .channel import EMPTY, Channel
 from .feeds import Feed
@@ -20,11 +20,13 @@ from .pace import Pacer
 from .policy import ErrorPolicy
 from .protocols import Divisible, Inlet, Node, Outlet, Seat, StageLike, Wires
 from .runtime import PipelineRuntime
-from .scheduler import Scheduler
 from .source import Source
 
 _BARE_CAPACITY = 64
 """Size of the only edge of a pipeline without stages, in items."""
+
+if TYPE_CHECKING:
+    from .scheduler import Scheduler
 
 __all__ = ["Assembly", "Link", "Sink", "seats_for"]
 

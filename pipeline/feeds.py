@@ -11,17 +11,19 @@ from __future__ import annotations
 import asyncio
 import inspect
 import queue
+import sys
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Protocol, cast
-
-from aiostream.core import BaseStream, Streamer, streamcontext
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from .channel import Channel
 from .protocols import Inlet
 from .result import Err
 from .runtime import PipelineRuntime
+
+if TYPE_CHECKING:
+    from aiostream.core import Streamer
 
 __all__ = ["Feed", "WaitingFeed"]
 
@@ -122,8 +124,9 @@ class WaitingFeed:
 
     async def _pull_async(self, iterable: AsyncIterable[Any]) -> None:
         iterator: AsyncIterator[Any]
-        if isinstance(iterable, BaseStream) and not isinstance(iterable, Streamer):
-            iterator = streamcontext(iterable)
+        context = _context_of(iterable)
+        if context is not None:
+            iterator = context
             await iterator.__aenter__()
             close: Callable[[], Any] | None = partial(iterator.__aexit__, None, None, None)
         else:
@@ -307,3 +310,10 @@ class _Hand:
         self._runtime.call_soon_threadsafe(self._wake, waiter)
 
 
+def _context_of(iterable: AsyncIterable[Any]) -> Streamer[Any] | None:
+    """What an aiostream stream is iterated in, so that it is closed; None for anything else."""
+    if "aiostream" not in sys.modules:  # who has a stream has imported it
+        return None
+    from aiostream.core import BaseStream, Streamer, streamcontext
+
+    return streamcontext(iterable) if isinstance(iterable, BaseStream) and not isinstance(iterable, Streamer) else None

@@ -11,8 +11,6 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from typing import Any, TypeVar
 
-from aiostream.core import streamcontext
-
 from .channel import EMPTY
 from .metrics import Counters
 from .pace import Pacer
@@ -83,6 +81,8 @@ class _StreamNode:
         """Nothing beyond the task's own cancellation."""
 
     async def _forward(self) -> None:
+        from aiostream.core import streamcontext
+
         outlet = self._wires.outlet
         feed = self._feed()
         try:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .cancellation.triggers import Trigger
 from .errors import StageConfigError
 from .lifecycle import Grace
 from .policy import ErrorPolicy
-from .scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from .scheduler import Scheduler
 
 __all__ = ["PipelineOptions"]
 
@@ -33,8 +36,15 @@ class PipelineOptions:
             raise StageConfigError(f"on_error must be an ErrorPolicy (DROP, EMIT, RAISE or SIDE), not {self.on_error!r}")
         if not isinstance(self.grace, Grace):
             raise StageConfigError(f"grace must be a Grace(drain=..., abort=..., terminate=..., kill=...), not {self.grace!r}")
-        if self.scheduler is not None and not isinstance(self.scheduler, Scheduler):
-            raise StageConfigError(f"scheduler must be a Scheduler(resources=...), not {self.scheduler!r}")
+        if self.scheduler is not None:
+            _check_scheduler(self.scheduler)
         for trigger in self.cancel_on:
             if isinstance(trigger, type) or not isinstance(trigger, Trigger):
                 raise TypeError(f"cancel_on takes triggers, such as TimeoutTrigger(30), not {trigger!r}")
+
+
+def _check_scheduler(scheduler: object) -> None:
+    from .scheduler import Scheduler  # who has one has imported it, and nobody else pays for it
+
+    if not isinstance(scheduler, Scheduler):
+        raise StageConfigError(f"scheduler must be a Scheduler(resources=...), not {scheduler!r}")

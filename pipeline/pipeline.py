@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 from .assembly import Link, Sink, seats_for
 from .bridge import BridgeSink
@@ -36,11 +36,12 @@ from .report import RunReport
 from .result import Err
 from .run import Run
 from .runtime import PipelineRuntime, StopLevel, StopRequest
-from .scheduler import Scheduler
-from .scheduler.share import check_stage
 from .sink import BufferSink, CollectingSink, DiscardingSink
 from .source import Source, as_source
 from .standing import Standing, report_of
+
+if TYPE_CHECKING:
+    from .scheduler import Scheduler
 
 __all__ = ["Pipeline"]
 
@@ -254,7 +255,7 @@ class Pipeline(Generic[T]):
         links = self._scheduled()
         for link in links:
             link.stage.check(link.default_policy)
-            check_stage(link.stage, link.scheduler)
+            _check_resources(link)
         assert self._source is not None
         runtime = PipelineRuntime(self.name, self._options.grace)
         self._standing.own(runtime)
@@ -365,3 +366,10 @@ def _as_reason(reason: str | CancelReason | None, code: str | None, origin: str)
     if isinstance(reason, CancelReason):
         return reason if code is None else replace(reason, code=code)
     return CancelReason(str(reason) if reason is not None else "cancelled", CancelType.MANUAL, code=code, origin=origin)
+
+
+def _check_resources(link: Link) -> None:
+    if getattr(link.stage, "resources", None):
+        from .scheduler.share import check_stage  # imported only for those who need it, as the scheduler is
+
+        check_stage(link.stage, link.scheduler)

@@ -16,7 +16,6 @@ from pipeline import Pipeline
 from pipeline.errors import StageConfigError
 from pipeline.policy import ErrorHandler, ErrorPolicy, FailureRule
 from pipeline.protocols import Node, Seat, Wires
-from pipeline.scheduler.amounts import as_needs
 from workers.base import Handler, HandlerKind, WorkerState, describe_function
 from workers.placement import Placement, as_placement
 from workers.retry import Retry, as_retry
@@ -105,6 +104,8 @@ class StageOptions:
 
 def _check_resources(resources: Any) -> None:
     """The amounts; whether there is as much, the pipeline's scheduler knows."""
+    from pipeline.scheduler.amounts import as_needs
+
     try:
         as_needs(resources)
     except (TypeError, ValueError) as error:

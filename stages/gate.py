@@ -6,15 +6,17 @@ room downstream holds nothing, for the stages there may need the very same.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.protocols import Seat
 from pipeline.runtime import PipelineRuntime
-from pipeline.scheduler.amounts import Needs, as_needs, check_needs
-from pipeline.scheduler.reserve import Hold
-from pipeline.scheduler.share import Share
 from workers.base import Outcome
 from workers.loop import LoopPerformer, Send
+
+if TYPE_CHECKING:
+    from pipeline.scheduler.amounts import Needs
+    from pipeline.scheduler.reserve import Hold
+    from pipeline.scheduler.share import Share
 
 __all__ = ["Gate", "gate_for"]
 
@@ -23,6 +25,8 @@ def gate_for(seat: Seat, runtime: PipelineRuntime) -> Gate | None:
     """None for a stage that needs nothing."""
     if not seat.stage.options.resources:
         return None
+    from pipeline.scheduler.amounts import as_needs, check_needs
+
     assert seat.scheduler is not None  # checked before the run
     needs = check_needs(as_needs(seat.stage.options.resources), seat.scheduler.engine.capacity, seat.name)
     return Gate(seat.scheduler.share_of(runtime), needs, seat)

@@ -10,8 +10,6 @@ import sys
 from time import monotonic
 from typing import Any
 
-import structlog
-
 __all__ = ["RateLimitedLog", "get_logger"]
 
 
@@ -20,6 +18,8 @@ def get_logger(**context: Any) -> Any:
 
     `Any`: structlog's bound logger has the methods of whatever class the program configures.
     """
+    import structlog  # here, for most programs log nothing, and each that starts would pay for it
+
     if structlog.is_configured():
         return structlog.get_logger("penstock", **context)
     return structlog.wrap_logger(structlog.PrintLogger(sys.stderr)).bind(**context)

@@ -51,15 +51,12 @@ class Share:
 
 
 def check_stage(stage: Any, scheduler: Scheduler | None) -> None:
-    """Before a run starts: what a stage needs can be given. `StageConfigError`, or a kind of it, if not."""
-    resources = getattr(stage, "resources", None)
-    if not resources:
-        return
+    """Before a run starts: what a stage with resources needs can be given. `StageConfigError`, or a kind of it, if not."""
     if scheduler is None:
         raise StageConfigError(
             f"stage {stage.name!r} needs resources and its pipeline has no scheduler; "
             "give it one: Pipeline(..., scheduler=Scheduler(resources=...))"
         )
-    check_needs(as_needs(resources), scheduler.engine.capacity, f"each item of stage {stage.name!r}")
+    check_needs(as_needs(stage.resources), scheduler.engine.capacity, f"each item of stage {stage.name!r}")
     if scheduler.shutdown_started():
         raise PipelineError(f"stage {stage.name!r} needs the scheduler {scheduler.name!r}, which is shutting down")
