@@ -59,7 +59,7 @@ async def test_a_killed_workers_task_goes_on_where_it_was(dsn: str, tmp_path: Pa
                 killed = time.time()
                 events = await watching
         again = next(event for event in events if event.type == "started" and event.at > killed)
-        assert again.at - killed < 10  # it takes about half a second; heartbeats would take half a minute
+        assert again.at - killed < 25  # it takes one or two seconds; heartbeats would take half a minute
         warning = next(event for event in events if event.type == "warning")
         assert warning.data["code"] == "worker_lost"
         assert "mortal has died" in warning.data["message"]
