@@ -135,9 +135,11 @@ class Performer:
                         return
                 return
             except BaseException as error:  # see `_attempt`
+                attempts = 1
                 if isinstance(error, MemoryError):
                     control.out_of_memory()
-                outcome = Outcome(error=error, trace=traceback.format_exc())
+                    attempts = self._state.attempt  # there was no memory for `perform` to come to its end
+                outcome = Outcome(error=error, trace=traceback.format_exc(), attempts=attempts)
                 if error.__traceback__ is not None:
                     error.__traceback__ = error.__traceback__.tb_next  # this frame holds the results, and so the error
                 add(unusual(outcome))

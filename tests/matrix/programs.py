@@ -45,7 +45,7 @@ def source():
         closed.append("source")
 
 async def stubborn(n):
-    if n == 25:
+    if n >= 25:  # whichever of them comes first
         print("in the long one", flush=True)
     try:
         await asyncio.sleep(0.001 if n < 25 else 30)
